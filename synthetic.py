@@ -1,0 +1,185 @@
+"""CAMELYON-shaped slides drawn on the spot: a JPEG pyramid TIFF and an ASAP XML each.
+
+    python synthetic.py my_slides           # 30 training and 10 test slides, 20 seconds, 50 MB
+
+Lymph-node tissue seen at 0.5 um/px: small dark lymphocytes, larger, paler, irregular tumour nuclei in
+lesions from a few cells to half a millimetre, germinal centres that look a little like tumour, vessels and
+fat as holes, stroma, a stain of its own for every slide. Large lesions have islands of lymphocytes,
+outlined as exclusions; tiles without tissue are absent from the file. Nothing here is a real patient.
+"""
+import hashlib
+import io
+import os
+import shutil
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import tifffile
+from PIL import Image, ImageDraw, ImageFilter
+
+from data import Annotation, progress
+
+MPP, TIFF_TILE, LEVELS = 0.5, 256, 4
+LYMPHOCYTE, BENIGN, TUMOUR = range(3)
+#            spacing, radius (px), irregularity, haematoxylin of the nuclei, cytoplasm
+CELLS = {LYMPHOCYTE: (15, 5.0, 0.08, 1.00, 0.30),
+         BENIGN: (21, 7.5, 0.10, 0.62, 0.26),
+         TUMOUR: (24, 8.5, 0.26, 0.66, 0.20)}
+
+
+def smooth_noise(rng, side, grain):
+    """A smooth random field with features of about `grain` px: (side, side) float, mean 0, sd 1."""
+    coarse = Image.fromarray(rng.standard_normal((side // grain + 3,) * 2).astype(np.float32))
+    field = np.asarray(coarse.resize((side + 2 * grain,) * 2, Image.BICUBIC))[grain:-grain, grain:-grain]
+    return (field - field.mean()) / field.std()
+
+
+def blob(rng, x, y, radius, roughness=0.25, points=60):
+    """A closed wobbly outline around (x, y): (points, 2) level-0 pixels."""
+    angle = np.linspace(0, 2 * np.pi, points, endpoint=False)
+    wave = sum(rng.normal(0, roughness / k) * np.cos(k * angle + rng.uniform(0, 7)) for k in range(2, 7))
+    r = radius * np.exp(np.clip(wave, -0.6, 0.6))
+    return np.stack([x + r * np.cos(angle), y + r * np.sin(angle)], 1).round(1)
+
+
+def draw_slide(rng, side=2048, tumour=True):
+    """A slide -> ((side, side, 3) uint8, [(polygon, is_tumour)]): the picture and its annotation."""
+    yy, xx = np.mgrid[:side, :side].astype(np.float32) / side - 0.5
+    tissue = 0.55 - 1.5 * np.hypot(xx, yy) ** 1.5 + 0.10 * smooth_noise(rng, side, side // 6) > 0
+    tissue &= smooth_noise(rng, side, side // 14) < 2.1                             # sinuses, vessels
+    inside = np.argwhere(tissue)[:, ::-1]
+
+    polygons, benign = [], []
+    if tumour:
+        for _ in range(rng.integers(3, 9)):                 # lesions, from a few cells to 0.5 mm
+            x, y = inside[rng.integers(len(inside))]
+            radius = side * np.exp(rng.uniform(np.log(0.012), np.log(0.20)))
+            polygons.append((blob(rng, x, y, radius), True))
+            if radius > 0.09 * side:                        # an island of lymphocytes in a large one
+                x, y = (x, y) + rng.normal(0, 0.2 * radius, 2)
+                polygons.append((blob(rng, x, y, 0.3 * radius), False))
+    for _ in range(rng.integers(4, 10)):                    # germinal centres: the distractors
+        x, y = inside[rng.integers(len(inside))]
+        benign.append((blob(rng, x, y, side * rng.uniform(0.03, 0.08), 0.12), True))
+
+    kind = np.full((side, side), LYMPHOCYTE, np.uint8)
+    kind[Annotation(benign).mask(0, 0, side, side) == 1] = BENIGN
+    kind[Annotation(polygons).mask(0, 0, side, side) == 1] = TUMOUR
+    stroma = (np.abs(smooth_noise(rng, side, side // 10)) < 0.12) & (kind != BENIGN)
+
+    nuclei = Image.new("L", (side, side))
+    pen, angle = ImageDraw.Draw(nuclei), np.linspace(0, 2 * np.pi, 10, endpoint=False)
+    for cell, (spacing, radius, irregular, dark, _) in CELLS.items():
+        grid = np.mgrid[0:side:spacing, 0:side:spacing].reshape(2, -1).T + rng.normal(0, 0.28 * spacing, (
+            (side + spacing - 1) // spacing) ** 2 * 2).reshape(-1, 2)
+        x, y = np.clip(grid.round().astype(int), 0, side - 1).T
+        here = tissue[y, x] & (kind[y, x] == cell) & (rng.random(len(x)) > 0.1 + 0.75 * stroma[y, x])
+        for x, y in zip(x[here].tolist(), y[here].tolist()):
+            r = radius * rng.uniform(0.75, 1.3) * np.exp(rng.normal(0, irregular, 10))
+            # An ellipse of random stretch and turn, in the complex plane.
+            outline = r * (np.cos(angle) + 1j * rng.uniform(0.75, 1.0) * np.sin(angle))
+            outline = outline * np.exp(1j * rng.uniform(0, np.pi)) + complex(x, y)
+            pen.polygon(outline.view(float).tolist(), fill=int(255 * dark * rng.uniform(0.75, 1.0)))
+    nuclei = np.asarray(nuclei.filter(ImageFilter.GaussianBlur(0.8)), np.float32) / 255
+
+    # Optical density is the stains' sum (Beer-Lambert): haematoxylin in nuclei, eosin around them.
+    cytoplasm = Image.fromarray(np.float32([CELLS[k][4] for k in range(3)])[kind])
+    cytoplasm = np.asarray(cytoplasm.resize((side // 16,) * 2, Image.BOX).resize((side, side)))  # soft edge
+    eosin = (cytoplasm + 0.35 * stroma) * (1 - 0.7 * nuclei) + 0.05 * smooth_noise(rng, side, 8)
+    haematoxylin = nuclei * (0.9 + 0.1 * smooth_noise(rng, side, 4)) + 0.25 * cytoplasm
+    strength = np.exp(rng.normal(0, [0.30, 0.35]))          # every slide has a stain of its own
+    stains = np.array([[0.65, 0.70, 0.29], [0.27, 0.92, 0.30]]) + rng.normal(0, 0.09, (2, 3))
+    density = np.stack([haematoxylin * strength[0] * 1.3, eosin.clip(0) * strength[1] * 1.6], 2)
+    density *= tissue[..., None]
+    light = 244 * np.exp(-density.astype(np.float32) @ stains.clip(0.05).astype(np.float32))
+    picture = light + 3 * rng.standard_normal((side, side, 1), np.float32)
+    return picture.clip(0, 255).astype(np.uint8), polygons
+
+
+def write_slide(path, picture, polygons, mpp=MPP):
+    """Write `path`.tif, a BigTIFF pyramid of YCbCr JPEG tiles (absent where white), and `path`.xml."""
+    path = Path(path)
+    with tifffile.TiffWriter(path.with_suffix(".tif"), bigtiff=True) as tif:
+        for level in range(LEVELS):
+            image = Image.fromarray(picture).reduce(2 ** level)
+            tables, tiles = jpeg_tiles(image)
+            # tifffile writes no JPEG: give it the bytes as zlib's, then put the tags right.
+            tif.write(iter(tiles), shape=(image.height, image.width, 3), dtype=np.uint8, photometric="rgb",
+                      tile=(TIFF_TILE, TIFF_TILE), compression="zlib", metadata=None, subfiletype=level > 0,
+                      resolution=(1e4 / mpp / 2 ** level,) * 2, resolutionunit="CENTIMETER",
+                      extratags=[(347, 7, len(tables), tables, True)])
+    with tifffile.TiffFile(path.with_suffix(".tif"), mode="r+b") as tif:
+        for k in range(len(tif.pages)):
+            tif.pages[k].tags["Compression"].overwrite(7)
+            tif.pages[k].tags["PhotometricInterpretation"].overwrite(6)
+    if polygons:
+        write_annotation(path.with_suffix(".xml"), polygons)
+
+
+def jpeg_tiles(image, quality=80):
+    """The shared tables of an RGB image and its tiles without them; b"" for a tile without tissue."""
+    tables, tiles = io.BytesIO(), []
+    image.save(tables, "JPEG", quality=quality, streamtype=1)
+    for y in range(0, image.height, TIFF_TILE):
+        for x in range(0, image.width, TIFF_TILE):
+            tile = Image.new("RGB", (TIFF_TILE, TIFF_TILE), "white")
+            tile.paste(image.crop((x, y, min(x + TIFF_TILE, image.width), min(y + TIFF_TILE, image.height))))
+            data = io.BytesIO()
+            if np.asarray(tile).min() < 200:
+                tile.save(data, "JPEG", quality=quality, streamtype=2)
+            tiles.append(data.getvalue())
+    return tables.getvalue(), tiles
+
+
+def write_annotation(path, polygons):
+    """[(xy, is_tumour)] -> ASAP XML, groups `metastases` and `normal` as in CAMELYON17."""
+    lines = ['<?xml version="1.0"?>', "<ASAP_Annotations>", "<Annotations>"]
+    for n, (xy, is_tumour) in enumerate(polygons):
+        group = "metastases" if is_tumour else "normal"
+        lines.append(f'<Annotation Name="{n}" Type="Polygon" PartOfGroup="{group}" Color="#F4FA58">')
+        lines.append("<Coordinates>")
+        lines += [f'<Coordinate Order="{k}" X="{x}" Y="{y}" />' for k, (x, y) in enumerate(xy.tolist())]
+        lines += ["</Coordinates>", "</Annotation>"]
+    lines += ["</Annotations>", '<AnnotationGroups>']
+    lines += [f'<Group Name="{name}" PartOfGroup="None" Color="{colour}"><Attributes /></Group>'
+              for name, colour in (("metastases", "#ff0000"), ("normal", "#00ff00"))]
+    lines += ["</AnnotationGroups>", "</ASAP_Annotations>", ""]
+    Path(path).write_text("\n".join(lines))
+
+
+def make(folder, train=30, test=10, side=2048, seed=0):
+    """Draw slides into `folder`/train and `folder`/test, one in six without tumour -> `folder`."""
+    folder = Path(folder)
+    part = Path(f"{folder}.part{os.getpid()}")          # renamed when complete
+    for split in ("train", "test"):
+        (part / split).mkdir(parents=True)
+    jobs = [(part / "train", n, side, seed) for n in range(train)]
+    jobs += [(part / "test", train + n, side, seed) for n in range(test)]
+    with ProcessPoolExecutor() as pool:
+        for _ in progress(pool.map(make_one, jobs), "drawing slides", len(jobs)):
+            pass
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    return folder
+
+
+def make_one(job):
+    folder, n, side, seed = job
+    tumour = n % 6 != 5
+    name = f"{'synthetic' if tumour else 'normal'}_{n:03}"
+    write_slide(folder / name, *draw_slide(np.random.default_rng((seed, n)), side, tumour))
+
+
+def cached():
+    """The default slides, drawn once into .cache/ beside this file and again when this file changes."""
+    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    folder = Path(__file__).resolve().parent / ".cache" / f"synthetic-{version}"
+    return folder if folder.is_dir() else make(folder)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit("usage: python synthetic.py FOLDER")
+    make(sys.argv[1])
