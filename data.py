@@ -1,10 +1,11 @@
 """Slides and annotations in, tiles out: slide -> tissue -> tile -> (image, mask, label).
 
-    slide = Slide("tumor_001.tif")                      # a tiled JPEG pyramid TIFF (CAMELYON, Aperio)
-    image = slide.read(level=1, x=0, y=0, w=512, h=512)             # (512, 512, 3) uint8, absent = white
-    mask = read_annotation("tumor_001.xml").mask(0, 0, 512, 512, downsample=2)     # (512, 512) uint8
+    slide = Slide("tumor_001.tif")                              # a tiled JPEG pyramid TIFF
+    image = slide.read(1, x=0, y=0, w=512, h=512)               # level 1: (512, 512, 3) uint8
+    outlines = read_annotation("tumor_001.xml")                 # ASAP polygons
+    mask = outlines.mask(0, 0, 512, 512, downsample=2)          # (512, 512) uint8, 1 = tumour
 
-Coordinates: annotations and tiles.csv are in level-0 pixels, `Slide.read` in pixels of the level read.
+Annotations and tiles.csv are in level-0 pixels, `Slide.read` and masks in pixels of the level read.
 tifffile gives the index of a file, Pillow decodes its JPEG tiles; nothing else touches the pixels.
 """
 import contextlib
@@ -26,20 +27,21 @@ import tifffile
 import torch
 from PIL import Image
 
-TUMOUR_GROUPS = {"_0", "_1", "tumor", "metastases"}             # CAMELYON16, its test set, CAMELYON17
+TUMOUR_GROUPS = {"_0", "_1", "tumor", "metastases"}     # CAMELYON16, its test set, CAMELYON17
 EXCLUSION_GROUPS = {"_2", "exclusion", "normal"}
-AREA_TYPES = {"Polygon", "Spline", "Rectangle"}                 # Dot, PointSet and None (rulers) have none
-TISSUE_DOWNSAMPLE = 32          # tissue is found on the level nearest to this (level 5: 8 um/px)
-TISSUE_SHARE = 0.1              # a tile is kept if at least this share of it is tissue
-TEST_SHARE = 20 / 110           # of the slides; the paper holds out 20 of 110
-CANCER, NORMAL, BETWEEN = 1, 0, -1                              # image labels; BETWEEN is not used
+AREA_TYPES = {"Polygon", "Spline", "Rectangle"}         # not Dot, PointSet, None (rulers)
+TISSUE_DOWNSAMPLE = 32      # tissue is found on the coarsest level up to this, about 8 um/px
+TISSUE_SHARE = 0.1          # a tile with less tissue is dropped
+TEST_SHARE = 20 / 110       # the paper holds out 20 of 110 slides
+CANCER, NORMAL, BETWEEN = 1, 0, -1                      # image labels; BETWEEN is used for none
+LABELS = {CANCER: "cancer", NORMAL: "normal", BETWEEN: "between"}
 # CAMELYON16 slides on which not every metastasis is outlined, as its authors list them.
 NOT_EXHAUSTIVE = {f"tumor_{n:03}" for n in (10, 15, 18, 20, 25, 29, 33, 34, 44, 46, 51, 54, 55, 56,
                                             67, 79, 85, 92, 95, 110)} | {"test_114"}
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)        # what it would log, Slide raises
-# glibc hands freed blocks back to the system, and the page faults of getting them again cost as much
-# as decoding a tile. Freeing one large block raises that limit: 1.8 -> 0.9 ms per 512 px tile.
+# glibc hands freed blocks back to the system, and the page faults of getting them again cost as
+# much as decoding a tile. Freeing one large block raises that limit: 1.8 -> 0.9 ms per 512 px tile.
 np.empty(1 << 24, np.uint8)
 
 
@@ -52,12 +54,22 @@ def run(main):
     try:
         main()
     except DataError as error:      # raised in a worker, it is the last line of a traceback
-        print("error:", str(error).strip().splitlines()[-1].removeprefix("data.DataError: "), file=sys.stderr)
+        line = str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
 
 
 def warn(message):
     print(f"warning: {message}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def atomic(path, mode):
+    """Open a temporary file that takes the name `path` once it is written in full."""
+    part = Path(f"{path}.part")
+    with part.open(mode, newline="" if mode == "w" else None) as file:
+        yield file
+    part.replace(path)
 
 
 def progress(items, what, total=None):
@@ -72,7 +84,7 @@ def progress(items, what, total=None):
                   end="\n" if n == total else "", file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------- slide
+# ------------------------------------------------------------------------------------------- slide
 
 class Level(NamedTuple):
     """One resolution of a slide: its size in pixels, and where its JPEG tiles lie in the file."""
@@ -97,7 +109,7 @@ class Slide:
     def __init__(self, path):
         self.path = str(path)
         try:
-            # Closed again at once: a TiffFile opened before a fork returns wrong tiles in the workers.
+            # Closed at once: a TiffFile opened before a fork gives wrong tiles in the workers.
             with tifffile.TiffFile(self.path) as tif:
                 # Not `for page in tif.pages`, which never ends on a cyclic chain of pages.
                 pages = [tif.pages[k] for k in range(len(tif.pages))]
@@ -116,34 +128,33 @@ class Slide:
             fail("truncated, its index of pages is missing", "download it again")
         if not pages[0].is_tiled:
             fail("striped, not tiled")
-        philips = "DPUfsImport" in (pages[0].description or "")
-        size, levels = os.path.getsize(self.path), []
-        for page in pages:
-            if not page.is_tiled:       # thumbnail, label, macro
-                continue
-            width, height = page.imagewidth, page.imagelength
-            # Philips pads every level to whole tiles, so there the ratio of two widths means nothing.
-            down = 2 ** len(levels) if philips else 2 ** round(math.log2(pages[0].imagewidth / width))
-            if philips:
-                width, height = pages[0].imagewidth // down, pages[0].imagelength // down
-            elif (abs(width * down - pages[0].imagewidth) >= 2 * down
-                  or abs(height * down - pages[0].imagelength) >= 2 * down):
-                continue                # a tiled label or macro picture
+        levels, end = [], os.path.getsize(self.path)
+        width0, height0 = pages[0].imagewidth, pages[0].imagelength
+        for page in (page for page in pages if page.is_tiled):          # others: label, macro
+            width, height, tile_w, tile_h = (page.imagewidth, page.imagelength, page.tilewidth,
+                                             page.tilelength)
+            down = 2 ** round(math.log2(width0 / width))
+            if "DPUfsImport" in (pages[0].description or ""):
+                # Philips pads every level to whole tiles: the ratio of two widths means nothing.
+                down = 2 ** len(levels)
+                width, height = width0 // down, height0 // down
+            elif max(abs(width * down - width0), abs(height * down - height0)) >= 2 * down:
+                continue                                                # a tiled label or macro
             if page.compression != 7:
-                fail(f"compression is {getattr(page.compression, 'name', page.compression)}, not JPEG")
+                fail(f"compression is {getattr(page.compression, 'name', page.compression)}")
             if (page.samplesperpixel, page.bitspersample, page.planarconfig) != (3, 8, 1):
-                fail(f"{page.samplesperpixel} samples of {page.bitspersample} bits, not 8-bit RGB")
+                fail(f"{page.samplesperpixel} samples of {page.bitspersample} bits, not RGB")
             if page.photometric not in (2, 6):
                 fail(f"colour is {page.photometric}, not RGB or YCbCr")
             offsets = np.asarray(page.dataoffsets, np.int64)
             counts = np.asarray(page.databytecounts, np.int64)
-            across, down_ = -(-width // page.tilewidth), -(-height // page.tilelength)
-            if not len(offsets) == len(counts) >= across * down_:
-                fail(f"{len(offsets)} tiles listed where {across * down_} are needed", "download it again")
-            if (offsets + counts).max(initial=0) > size or min(offsets.min(), counts.min()) < 0:
-                fail("truncated, tiles lie beyond the end of the file", "download it again")
-            levels.append(Level(width, height, down, page.tilewidth, page.tilelength, offsets, counts,
-                                page.jpegtables or b"", "RGB" if page.photometric == 2 else "YCbCr"))
+            if not len(offsets) == len(counts) >= -(-width // tile_w) * -(-height // tile_h):
+                fail(f"only {len(offsets)} tiles listed", "download it again")
+            if (offsets + counts).max() > end or min(offsets.min(), counts.min()) < 0:
+                fail("truncated, tiles lie beyond its end", "download it again")
+            levels.append(Level(width, height, down, tile_w, tile_h, offsets, counts,
+                                page.jpegtables or b"",
+                                "RGB" if page.photometric == 2 else "YCbCr"))
         return levels
 
     @staticmethod
@@ -159,25 +170,25 @@ class Slide:
         return mpp if 0.05 < mpp < 20 else None         # 72 dpi and the like are placeholders
 
     def nearest_level(self, mpp, fallback=None):
-        """The level nearest to `mpp` um/px; where the file tells no resolution, level `fallback`."""
+        """The level nearest to `mpp` um/px, or `fallback` where the file has no resolution."""
         if self.mpp is None:
             if fallback is None:
                 raise DataError(f"{self.path}: no resolution in the file; say which with --level")
             if not 0 <= fallback < len(self.levels):
-                raise DataError(f"{self.path}: no level {fallback}; --level 0 to {len(self.levels) - 1}")
+                raise DataError(f"{self.path}: --level {fallback}, it has {len(self.levels)}")
             return fallback
         return min(range(len(self.levels)),
                    key=lambda k: abs(math.log(self.mpp * self.levels[k].downsample / mpp)))
 
     def read(self, level, x, y, w, h):
-        """The region (x, y, w, h), in pixels of `level`, as (h, w, 3) uint8 RGB; white beyond the edge."""
+        """Region (x, y, w, h), in px of `level` -> (h, w, 3) uint8 RGB, white beyond the edge."""
         lv = self.levels[level]
         across = -(-lv.width // lv.tile_w)
         region = np.full((h, w, 3), 255, np.uint8)
         x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, lv.width), min(y + h, lv.height)
         if x0 >= x1 or y0 >= y1:
             return region
-        with open(self.path, "rb", buffering=0) as file:        # 10 us, and safe in any process
+        with open(self.path, "rb", buffering=0) as file:    # 10 us, and safe in any process
             for row in range(y0 // lv.tile_h, (y1 - 1) // lv.tile_h + 1):
                 for col in range(x0 // lv.tile_w, (x1 - 1) // lv.tile_w + 1):
                     tile = self._tile(file, lv, row * across + col)
@@ -199,7 +210,7 @@ class Slide:
             image = Image.open(io.BytesIO(lv.tables + data), formats=("JPEG",))
             if (image.size, image.mode) != ((lv.tile_w, lv.tile_h), "RGB"):
                 raise OSError(f"a {image.mode} picture of {image.size}")
-            # libjpeg guesses YCbCr for RGB tiles without an APP14 marker (Aperio): the TIFF tag knows.
+            # libjpeg guesses YCbCr for Aperio's RGB tiles without an APP14 marker: the tag knows.
             image.tile = [image.tile[0]._replace(args=("RGB", lv.space))]
             return np.asarray(image)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -224,7 +235,7 @@ def tissue_share(slide, level, tile):
     chroma = np.concatenate([np.ptp(band, axis=2) for band in bands])           # (h, w) uint8
     mask = chroma > np.clip(otsu(chroma), 8, 30)
     total = np.pad(mask.cumsum(0).cumsum(1), ((1, 0), (1, 0)))                  # integral image
-    side = tile * fine.downsample / (low.downsample * step)                     # of a tile, in mask px
+    side = tile * fine.downsample / (low.downsample * step)         # of a tile, in mask pixels
     ys, xs = (np.minimum(np.round(np.arange(-(-size // tile) + 1) * side).astype(int), length)
               for size, length in zip((fine.height, fine.width), mask.shape))
     inside = total[np.ix_(ys, xs)]
@@ -240,18 +251,18 @@ def otsu(values):
     return int(spread.argmax())
 
 
-# ----------------------------------------------------------------------------------------- annotation
+# -------------------------------------------------------------------------------------- annotation
 
 class Annotation:
-    """The outlines of one slide: `polygons` is a list of (xy, is_tumour), xy (n, 2) level-0 pixels."""
+    """Outlines of a slide: `polygons` [(xy, is_tumour)], xy (n, 2) float in level-0 pixels."""
 
     def __init__(self, polygons=()):
-        # All tumour first, then exclusions are cleared: file order gives another mask (test_113: +4.6 %).
+        # Tumour first, then exclusions are cleared: file order gives +4.6 % tumour on test_113.
         self.polygons = sorted(polygons, key=lambda polygon: not polygon[1])
         self.boxes = np.array([(*xy.min(0), *xy.max(0)) for xy, _ in self.polygons]).reshape(-1, 4)
 
     def mask(self, x, y, w, h, downsample=1):
-        """1 where tumour, of the region at (x, y) of w x h px of the level `downsample`: (h, w) uint8."""
+        """The w x h px at (x, y) of the level `downsample` -> (h, w) uint8, 1 where tumour."""
         boxes = (self.boxes + 0.5) / downsample - 0.5 - (x, y, x, y)
         boxes = np.clip(np.ceil(boxes), 0, (w, h, w, h)).astype(int)
         mask = np.zeros((h, w), np.uint8)
@@ -265,23 +276,24 @@ class Annotation:
 def winding(xy, w, h):
     """Winding number of the closed ring `xy` (n, 2) at the integer points of w x h: (h, w) int.
 
-    ASAP's rule: an edge counts, +1 down and -1 up, for the points of its rows to the left of it. Here it
-    is added where that stops, and summed along x: as many operations as crossings, not n * w * h.
+    ASAP's rule: an edge counts for the points to its left, +1 where y grows along it, -1 where it
+    falls. A ring crosses a row as often down as up, so what lies to the left of x, with the other
+    sign, is what lies to its right: one entry per crossing and a sum along x, not n * w * h tests.
     """
     x1, y1 = xy.T
     x2, y2 = np.roll(xy, -1, axis=0).T
     top, bottom = (np.clip(np.ceil(f(y1, y2)), 0, h).astype(int) for f in (np.minimum, np.maximum))
-    rows = bottom - top                                         # that the edge crosses inside the tile
+    rows = bottom - top                             # how many the edge crosses inside the tile
     edge = np.repeat(np.arange(len(xy)), rows)
     y = np.arange(len(edge)) - np.repeat(rows.cumsum() - rows, rows) + top[edge]
     x = x1[edge] + (y - y1[edge]) * (x2 - x1)[edge] / (y2 - y1)[edge]
     x = np.clip(np.ceil(x), 0, w).astype(int)
-    turns = np.bincount(y * (w + 1) + x, np.where(y2 > y1, 1, -1)[edge], h * (w + 1))
+    turns = np.bincount(y * (w + 1) + x, np.where(y2 > y1, -1, 1)[edge], h * (w + 1))
     return turns.reshape(h, w + 1)[:, :w].astype(np.int32).cumsum(1, np.int32)
 
 
 def read_annotation(path):
-    """ASAP XML -> Annotation. Raises DataError for broken XML, odd coordinates or unknown groups."""
+    """ASAP XML -> Annotation. DataError for broken XML, odd coordinates, unknown groups."""
     polygons = []
     try:
         root = ElementTree.parse(path).getroot()
@@ -299,14 +311,15 @@ def read_annotation(path):
                 raise ValueError(f"group {group!r} is neither tumour nor exclusion")
             polygons.append((xy, group in TUMOUR_GROUPS))
     except (ElementTree.ParseError, ValueError, TypeError) as error:
-        raise DataError(f"{path}: not a usable ASAP annotation ({error}); mend or remove it") from error
+        raise DataError(f"{path}: not a usable ASAP annotation ({error}); mend or remove it"
+                        ) from error
     return Annotation(polygons)
 
 
-# ---------------------------------------------------------------------------- slides, tiles, fractions
+# ------------------------------------------------------------------------ slides, tiles, fractions
 
 class Source(NamedTuple):
-    """A slide to use: `name` is its path below the data folder, `xml` None where it has no tumour."""
+    """A slide to use: `name` is its path below the data folder, `xml` is None without tumour."""
     name: str
     path: Path
     xml: Path | None
@@ -314,7 +327,7 @@ class Source(NamedTuple):
 
 
 def find_slides(root, seed=0, unlabelled_is_normal=False):
-    """Slides below `root` with their annotations and split -> [Source]; warns of those left out."""
+    """Slides below `root` with annotation and split -> [Source]; warns of those left out."""
     root = Path(root)
     files = sorted(f for f in root.rglob("*") if f.is_file() and f.name[0] != ".")
     slides = [f for f in files if f.suffix.lower() in (".tif", ".tiff", ".svs")
@@ -322,37 +335,39 @@ def find_slides(root, seed=0, unlabelled_is_normal=False):
     if not slides:
         raise DataError(f"{root}: no .tif, .tiff or .svs slides; give the folder that holds them")
     given = (root / "train").is_dir() and (root / "test").is_dir()
-    negative = {row[0].rsplit(".", 1)[0] for f in files if f.name in ("stage_labels.csv", "stages.csv")
-                for row in csv.reader(f.open()) if row[1:2] == ["negative"]}
+    stages = [f for f in files if f.name in ("stage_labels.csv", "stages.csv")]
+    normal = {row[0].rsplit(".", 1)[0] for f in stages for row in csv.reader(f.open())
+              if row[1:2] == ["negative"]}
     sources, left_out = [], []
     for path in slides:
         name = path.relative_to(root).as_posix()
         xmls = [f for f in files if f.stem == path.stem and f.suffix.lower() == ".xml"]
         xmls = [f for f in xmls if f.parent == path.parent] or xmls
         if len(xmls) > 1:
-            raise DataError(f"{path}: {len(xmls)} annotations ({xmls[0]}, {xmls[1]}); keep one")
+            raise DataError(f"{path}: two annotations, {xmls[0]} and {xmls[1]}; keep one")
         split = name.split("/")[0] if given else ""
-        known = xmls or unlabelled_is_normal or path.stem in negative or path.stem.startswith("normal")
+        known = (xmls or unlabelled_is_normal or path.stem in normal
+                 or path.stem.startswith("normal"))
         if known and split in ("", "train", "test"):
             sources.append(Source(name, path, xmls[0] if xmls else None, split))
         else:
             left_out.append(name)
     if left_out:
-        warn(f"{len(left_out)} slides left out, without annotation and not known to be normal "
-             f"(--unlabelled-is-normal takes them) or outside train/ and test/: {', '.join(left_out)}")
-    partial = [s.name for s in sources if s.path.stem.lower() in NOT_EXHAUSTIVE]
-    if partial:
-        warn(f"not every metastasis is outlined on {', '.join(partial)}: 'normal' tiles there may be tumour")
+        warn(f"{len(left_out)} slides left out, not annotated nor known to be normal (take them "
+             f"with --unlabelled-is-normal) or outside train/ and test/: {', '.join(left_out)}")
+    partly = [s.name for s in sources if s.path.stem.lower() in NOT_EXHAUSTIVE]
+    if partly:
+        warn(f"'normal' tiles may be tumour, not all is outlined on {', '.join(partly)}")
     return sources if given else seeded_split(sources, seed)
 
 
 def seeded_split(sources, seed):
-    """Hold out 20 of every 110 slides, patients where names tell, with and without tumour alike."""
-    # Deviation: the paper holds out 20 tumour slides, not named; here 20 in 110, drawn with the seed, a
-    # patient's slides on one side, because the list is not public and slides of one patient are alike.
-    def group(s):
-        patient = re.search(r"patient_\d+(?=_node_\d+)", s.name)
-        return patient[0] if patient else s.name
+    """Hold out 20 of 110 slides, with and without tumour alike, a patient's on one side."""
+    # Deviation: the paper holds out 20 tumour slides, not named; here 20 in 110, drawn with the
+    # seed, by patient where names tell, because slides of one patient are alike.
+    def group(source):
+        patient = re.search(r"patient_\d+(?=_node_\d+)", source.name)
+        return patient[0] if patient else source.name
 
     tumour = {group(s) for s in sources if s.xml}
     test, rng = set(), np.random.default_rng((seed, 0))
@@ -362,126 +377,124 @@ def seeded_split(sources, seed):
     return [s._replace(split="test" if group(s) in test else "train") for s in sources]
 
 
+TILE = np.dtype([("slide", int), ("x", int), ("y", int), ("level", int),    # level-0 pixels
+                 ("train", bool), ("tumour", float), ("label", int),        # share of pixels
+                 ("pixel", bool), ("image", bool)])                         # labels training uses
+
+
 class Index(NamedTuple):
-    """All tissue tiles of all slides; `tiles` has one row each, with these fields."""
-    sources: list
-    slides: list
-    annotations: list
-    squares: np.ndarray         # (slides,) squares of each slide's grid, tissue or not
+    """All tissue tiles of all slides."""
+    sources: list               # of Source, and for each its
+    slides: list                # Slide,
+    annotations: list           # Annotation
+    squares: list               # and number of grid squares, with tissue or not
     tile: int                   # side in pixels of the level
     tiles: np.ndarray           # (tiles,) TILE
 
     def fingerprint(self):
-        """Changes when slides, tiles, annotation or the use of labels do."""
+        """Changes when slides, tiles, annotations or the labels used do."""
         sizes = [(s.name, s.path.stat().st_size) for s in self.sources]
         return hashlib.sha256(repr(sizes).encode() + self.tiles.tobytes()).hexdigest()
 
 
-TILE = np.dtype([("slide", int), ("x", int), ("y", int), ("level", int),     # x, y: level-0 pixels
-                 ("train", bool), ("tumour", float), ("label", int),         # tumour: share of pixels
-                 ("pixel", bool), ("image", bool)])                          # labels that training uses
-
-
 def index_tiles(sources, tile=512, mpp=0.5, level=None, cancer_share=0.05):
     """Open every slide and lay a grid of `tile` px at `mpp` um/px over its tissue -> Index."""
-    # Deviation: the paper gives no rule for the label of a tile; here cancer above 5 % tumour pixels,
-    # normal at none, and tiles between are not used by the class branch, because they are neither.
+    # Deviation: the paper gives no rule for a tile's label; here cancer above 5 % tumour pixels,
+    # normal at none, and no label between, because those tiles are neither.
     slides, annotations, squares, tiles = [], [], [], []
     for n, source in enumerate(progress(sources, "slides")):
         slide = Slide(source.path)
         annotation = read_annotation(source.xml) if source.xml else Annotation()
         k = slide.nearest_level(mpp, level)
         down, share = slide.levels[k].downsample, tissue_share(slide, k, tile)
-        # The grid starts at (0, 0): tiles of 512 or 256 then are aligned with the TIFF's, 3 x less CPU.
+        # From (0, 0), so that tiles of 512 or 256 px are aligned with the TIFF's: 3 x less CPU.
         for y, x in np.argwhere(share >= TISSUE_SHARE) * tile:
             tumour = annotation.mask(x, y, tile, tile, down).mean()
             label = CANCER if tumour > cancer_share else BETWEEN if tumour > 0 else NORMAL
-            tiles.append((n, x * down, y * down, k, source.split == "train", tumour, label, False, False))
+            tiles.append((n, x * down, y * down, k, source.split == "train", tumour, label, 0, 0))
         slides.append(slide), annotations.append(annotation), squares.append(share.size)
-    index = Index(sources, slides, annotations, np.array(squares), tile, np.array(tiles, TILE))
+    index = Index(sources, slides, annotations, squares, tile, np.array(tiles, TILE))
     train, label = index.tiles["train"], index.tiles["label"]
-    for where, rows, wanted in (("training", train, (CANCER, NORMAL)), ("test", ~train, (CANCER,))):
-        for kind in wanted:
-            if not (rows & (label == kind)).any():
-                raise DataError(f"no {'cancer' if kind else 'normal'} tile among the {rows.sum()} {where} "
-                                f"tiles of {tile} px at {mpp} um/px; try another --tile or --mpp, or more slides")
+    for split, rows, kind in (("training", train, CANCER), ("training", train, NORMAL),
+                              ("test", ~train, CANCER)):
+        if not (rows & (label == kind)).any():
+            raise DataError(f"no {'cancer' if kind else 'normal'} tile among {rows.sum()} {split} "
+                            f"tiles of {tile} px at {mpp} um/px; change --tile, --mpp or --data")
     return index
 
 
 def choose_labels(index, pixel_frac, image_frac, label_unit="tile", normal_per_cancer=1.0, seed=0):
-    """Set tiles["pixel"] and tiles["image"]: the training tiles whose mask / image label may be used.
+    """Set tiles["pixel"], tiles["image"]: whose mask, whose image label training may use.
 
-    Fractions are nested: every unit (tile or slide) has a score in (0, 1) that depends on the seed alone,
-    and is used where its score is below the fraction. Cancer and normal are ranked apart, so that both
-    keep their share, and one tile of each is always used. Returns the training pool, rows of tiles.
+    Returns the training pool, rows of tiles that 100 % stands for.
     """
     tiles = index.tiles
-    # Deviation: the paper does not say which normal tiles it takes; here all cancer tiles, and as many
-    # normal ones drawn with the seed, because tumour is a few per cent of the tissue.
-    order = np.random.default_rng((seed, 1)).permutation(len(tiles))
-    normal = order[(tiles["train"] & (tiles["label"] == NORMAL))[order]]
-    cancer = (tiles["train"] & (tiles["label"] == CANCER)).sum()
-    pool = np.sort(np.r_[np.flatnonzero(tiles["train"] & (tiles["label"] != NORMAL)),
-                         normal[:math.ceil(cancer * normal_per_cancer)]])
-    label, slide = tiles["label"][pool], tiles["slide"][pool]
-    has_cancer = np.isin(slide, slide[label == CANCER])
+    # Deviation: the paper does not say which normal tiles it takes; here all cancer tiles and as
+    # many normal ones, drawn with the seed, because tumour is a few per cent of the tissue.
+    train, label = tiles["train"], tiles["label"]
+    normal = np.random.default_rng((seed, 1)).permutation(np.flatnonzero(train & (label == NORMAL)))
+    count = math.ceil((train & (label == CANCER)).sum() * normal_per_cancer)
+    pool = np.sort(np.r_[np.flatnonzero(train & (label != NORMAL)), normal[:count]])
     # Deviation: the paper's 0 % row scores .596 with nothing to learn from; here 0 % of the masks
-    # keeps one tile of each class, as the code of its reference [20] does. 0 % of image labels is none.
-    pixel = (label_score(np.arange(len(pool)), label == CANCER, seed, 2) if label_unit == "tile"
-             else label_score(slide, has_cancer, seed, 2))
-    tiles["pixel"][pool] = below(pixel, pixel_frac, label)
-    image = np.where(label == BETWEEN, 2, label_score(np.arange(len(pool)), label == CANCER, seed, 3))
-    tiles["image"][pool] = below(image, image_frac, label) if image_frac > 0 else False
+    # keeps one tile of each class, as its reference [20] does. 0 % of the image labels is none.
+    tiles["pixel"][nested(tiles, pool, label_unit, pixel_frac, (seed, 2))] = True
+    if image_frac > 0:
+        known = pool[label[pool] != BETWEEN]
+        tiles["image"][nested(tiles, known, "tile", image_frac, (seed, 3))] = True
     return pool
 
 
-def label_score(unit, kind, seed, stream):
-    """A score in (0, 1) for each tile's `unit`, evenly spread over the units of each `kind`."""
-    rng, score = np.random.default_rng((seed, stream)), np.empty(len(unit))
-    for value in (True, False):
-        units, which = np.unique(unit[kind == value], return_inverse=True)
-        score[kind == value] = ((rng.permutation(len(units)) + 0.5) / max(len(units), 1))[which]
-    return score
+def nested(tiles, rows, unit, fraction, seed):
+    """Those of `rows` whose label may be used: a share of the units, "tile" or "slide".
 
-
-def below(score, fraction, label):
-    """Tiles with a score below `fraction`, and the first of each class in any case."""
+    A unit's score in (0, 1) depends on the seed alone and is compared with the fraction, so 10 % is
+    inside 20 %. Units with and without cancer are ranked apart, so both keep their share, and the
+    first tile of each class is always used.
+    """
+    label = tiles["label"][rows]
+    units = rows if unit == "tile" else tiles["slide"][rows]
+    with_cancer = np.isin(units, units[label == CANCER])
+    rng, score = np.random.default_rng(seed), np.empty(len(rows))
+    for kind in (with_cancer, ~with_cancer):
+        names, which = np.unique(units[kind], return_inverse=True)
+        score[kind] = ((rng.permutation(len(names)) + 0.5) / max(len(names), 1))[which]
     used = score < fraction
-    for kind in (CANCER, NORMAL):
-        used[np.argmin(np.where(label == kind, score, np.inf))] = True
-    return used
+    for value in (CANCER, NORMAL):
+        used[np.where(label == value, score, np.inf).argmin()] = True
+    return rows[used]
 
 
 def describe(index):
-    """A line per split: slides, tiles, labels, resolution."""
+    """Lines to print: per split slides, tiles, labels and resolution."""
     for split in ("train", "test"):
-        of = np.array([s.split == split for s in index.sources])
+        slides = [n for n, source in enumerate(index.sources) if source.split == split]
         t = index.tiles[index.tiles["train"] == (split == "train")]
-        grids = sorted({(level, f"{(index.slides[s].mpp or math.nan) * 2 ** 0 * index.slides[s].levels[level].downsample:.2f}")
-                        for s, level in set(zip(t["slide"].tolist(), t["level"].tolist()))})
-        yield (f"{split:5}  {of.sum()} slides, {len(t)} tiles of {index.tile} px kept, "
-               f"{index.squares[of].sum() - len(t)} without tissue dropped: {(t['label'] == CANCER).sum()} cancer, "
-               f"{(t['label'] == NORMAL).sum()} normal, {(t['label'] == BETWEEN).sum()} between; "
-               f"{t['pixel'].sum()} with pixel labels, {t['image'].sum()} with image labels; "
-               + ", ".join(f"level {level} = {mpp} um/px" for level, mpp in grids))
+        kinds = ", ".join(f"{(t['label'] == value).sum()} {name}" for value, name in LABELS.items())
+        mpp = [(index.slides[n].mpp or math.nan) * index.slides[n].levels[k].downsample
+               for n, k in set(zip(t["slide"].tolist(), t["level"].tolist()))]
+        levels = "/".join(map(str, np.unique(t["level"])))
+        yield (f"{split}: {len(slides)} slides, level {levels}, {np.min(mpp):.3f} to "
+               f"{np.max(mpp):.3f} um/px; {len(t)} tiles kept, "
+               f"{sum(index.squares[n] for n in slides) - len(t)} without tissue dropped; {kinds}; "
+               f"{t['pixel'].sum()} with pixel labels, {t['image'].sum()} with image labels")
 
 
 def write_tiles(index, path):
-    """tiles.csv: what every tile is and which of its labels training used; x and y in level-0 pixels."""
+    """tiles.csv: what every tile is, which of its labels training used; x, y in level-0 pixels."""
     with atomic(path, "w") as file:
         out = csv.writer(file)
-        out.writerow("slide x y level split tumour_share image_label pixel_label_used "
-                     "image_label_used".split())
-        for t in index.tiles.tolist():
-            out.writerow([index.sources[t[0]].name, *t[1:4], "train" if t[4] else "test", f"{t[5]:.6f}",
-                          {CANCER: "cancer", NORMAL: "normal", BETWEEN: "between"}[t[6]], *map(int, t[7:])])
+        out.writerow(["slide", "x", "y", "level", "split", "tumour_share", "image_label",
+                      "pixel_label_used", "image_label_used"])
+        for slide, x, y, level, train, tumour, label, *used in index.tiles.tolist():
+            out.writerow([index.sources[slide].name, x, y, level, "train" if train else "test",
+                          f"{tumour:.6f}", LABELS[label], *map(int, used)])
 
 
 class Tiles(torch.utils.data.Dataset):
-    """Rows of an Index as tensors: image (3, T, T) uint8, mask (T, T) uint8, label, row.
+    """Rows of an Index as image (3, T, T) uint8, mask (T, T) uint8, label, row.
 
-    A key (position, row) asks for a random flip and quarter turn, a function of (seed, position, row);
-    a key row asks for the tile as it is. uint8 leaves the workers: float32 costs them twice the CPU.
+    Key (position, row): with a random flip and quarter turn, a function of (seed, position, row).
+    Key row: as it is. uint8 leaves the workers: float32 would cost them up to twice the CPU.
     """
 
     def __init__(self, index, seed=0):
@@ -490,23 +503,25 @@ class Tiles(torch.utils.data.Dataset):
     def __getitem__(self, key):
         position, row = key if isinstance(key, tuple) else (None, key)
         n, x, y, level, _, _, label, _, _ = self.index.tiles[row].item()
-        down, side = self.index.slides[n].levels[level].downsample, self.index.tile
-        image = self.index.slides[n].read(level, x // down, y // down, side, side)
+        slide, side = self.index.slides[n], self.index.tile
+        down = slide.levels[level].downsample
+        image = slide.read(level, x // down, y // down, side, side)
         mask = self.index.annotations[n].mask(x // down, y // down, side, side, down)
         if position is not None:
-            # Deviation: the paper names no augmentation; here flips and quarter turns, because tissue has
-            # no up or down.
-            turns, flip = divmod(int(np.random.default_rng((self.seed, position, row)).integers(8)), 2)
+            # Deviation: the paper names no augmentation; here flips and quarter turns, because
+            # tissue has no up or down.
+            random = np.random.default_rng((self.seed, position, row))
+            turns, flip = divmod(int(random.integers(8)), 2)
             image, mask = (np.rot90(a[:, ::-1] if flip else a, turns) for a in (image, mask))
         return (torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
                 torch.from_numpy(np.ascontiguousarray(mask)), label, int(row))
 
 
 class Batches:
-    """Batch sampler: `iterations` full batches of keys (position, row) for epoch `epoch`.
+    """Batch sampler: for epoch `epoch`, `iterations` full batches of keys (position, row).
 
-    They are a stretch of one endless sequence, shuffled pass after shuffled pass over `rows`: nothing but
-    (seed, position) decides a batch, so that a resumed run sees what an uninterrupted one would have.
+    They are a stretch of one endless sequence, pass after shuffled pass over `rows`: (seed,
+    position) alone decides a batch, so a resumed run sees what an uninterrupted one would have.
     """
 
     def __init__(self, rows, batch_size, iterations, seed):
@@ -526,12 +541,3 @@ class Batches:
             if len(batch) == self.batch_size:
                 yield batch
                 batch = []
-
-
-@contextlib.contextmanager
-def atomic(path, mode):
-    """Open a temporary file that takes the name `path` once it is written in full."""
-    part = Path(f"{path}.part")
-    with part.open(mode, newline="" if mode == "w" else None) as file:
-        yield file
-    part.replace(path)

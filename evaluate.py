@@ -1,13 +1,12 @@
 """Score a checkpoint: pooled DSC / IoU / accuracy (section 2.3), the mean per slide, pictures.
 
-    python evaluate.py --ckpt runs/x/last.pt                    # repeats the figures of training
-    python evaluate.py --ckpt runs/x/last.pt --data OTHER       # on other slides
+    python evaluate.py --ckpt runs/x/last.pt                # repeats the figures of training
+    python evaluate.py --ckpt runs/x/last.pt --data OTHER   # on other slides
 
-Counts are integers over the whole split and are divided once, so batches do not matter; in every row of
-the paper but one IoU = DSC / (2 - DSC), which holds for pooled counts and not for means over images.
+Counts are integers over the whole split and are divided once, so batches do not matter. In every
+row of the paper but one IoU = DSC / (2 - DSC): true of pooled counts, not of means over images.
 """
 import argparse
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,147 +20,154 @@ from model import Network
 
 
 def load_index(args):
-    """The tiles that `args` (the arguments of train.py) describe -> Index, rows of the training pool."""
-    sources = data.find_slides(args.data or synthetic.cached(), args.seed, args.unlabelled_is_normal)
+    """The tiles that train.py's `args` describe -> Index, rows of the training pool."""
+    sources = data.find_slides(args.data or synthetic.cached(), args.seed,
+                               args.unlabelled_is_normal)
     index = data.index_tiles(sources, args.tile, args.mpp, args.level, args.cancer_share)
-    pool = data.choose_labels(index, args.pixel_frac, args.image_frac, args.label_unit,
-                              args.normal_per_cancer, args.seed)
-    return index, pool
+    return index, data.choose_labels(index, args.pixel_frac, args.image_frac, args.label_unit,
+                                     args.normal_per_cancer, args.seed)
 
 
 @torch.no_grad()
-def predict(model, images, device, amp=False):
-    """uint8 tiles (B, 3, T, T) -> tumour masks (B, T, T) bool and labels (B,) bool, by argmax."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-        logits, scores = model(images.to(device, non_blocking=True))
+def predict(model, images, args):
+    """uint8 tiles (B, 3, T, T) -> tumour masks (B, T, T) bool, cancer labels (B,) bool."""
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
+        logits, scores = model(images.to(args.device, non_blocking=True))
     return logits[:, 1] > logits[:, 0], scores[:, 1] > scores[:, 0]
 
 
-def count_tiles(model, index, rows, device, batch_size=8, workers=0, amp=False):
-    """Predict tiles `rows` -> counts (len(rows), 4) int64: TP, FP, FN pixels, predicted label."""
-    loader = torch.utils.data.DataLoader(data.Tiles(index), batch_size, sampler=rows.tolist(),
-                                         num_workers=workers, pin_memory=device.type == "cuda")
+def count_tiles(model, index, rows, args):
+    """Predict tiles `rows` -> (len(rows), 4) int64: TP, FP, FN pixels, predicted label.
+
+    `args` has batch_size, workers, device, amp.
+    """
+    loader = torch.utils.data.DataLoader(
+        data.Tiles(index), args.batch_size, sampler=rows.tolist(), num_workers=args.workers,
+        pin_memory=args.device.type == "cuda")
     model.eval()
     counts = []
     for images, masks, _, _ in data.progress(loader, "evaluating"):
-        masks = masks.to(device).bool()
-        predicted, label = predict(model, images, device, amp)
-        counts.append(torch.stack([(predicted & masks).sum((1, 2)), (predicted & ~masks).sum((1, 2)),
-                                   (~predicted & masks).sum((1, 2)), label.long()], 1).cpu())
+        masks = masks.to(args.device).bool()
+        found, label = predict(model, images, args)
+        pixels = (n.sum((1, 2)) for n in (found & masks, found & ~masks, ~found & masks))
+        counts.append(torch.stack([*pixels, label.long()], 1).cpu())
     return torch.cat(counts).numpy()
 
 
 def dsc_iou(counts):
-    """Rows of TP, FP, FN -> pooled DSC and IoU; None where there is neither tumour nor prediction."""
+    """Rows of TP, FP, FN -> pooled DSC, IoU; None where neither tumour is nor was found."""
     tp, fp, fn = (int(n) for n in counts[:, :3].sum(0))
     return (2 * tp / (2 * tp + fp + fn), tp / (tp + fp + fn)) if tp + fp + fn else (None, None)
 
 
 def accuracy(counts, label):
-    """Share of tiles with the right image label, of those that have one; None if there are none."""
+    """Share of tiles with the right image label, of those that have one; None without any."""
     known = label != data.BETWEEN
     return float((counts[known, 3] == label[known]).mean()) if known.any() else None
 
 
 def summarise(index, rows, counts, classes=True):
-    """Counts of tiles -> the figures of results.json. `classes` False: the class branch is untrained."""
-    # Deviation: the paper does not say how it averages; here pooled over all test tiles, as its
-    # IoU = DSC / (2 - DSC) implies, and beside it over cancer tiles alone and as the mean over slides.
+    """Counts of tiles `rows` -> the figures of results.json; no accuracy without `classes`."""
+    # Deviation: the paper does not say how it averages; here pooled over all test tiles, because
+    # its IoU = DSC / (2 - DSC) implies that; also over cancer tiles alone and as mean of slides.
     tiles = index.tiles[rows]
-    cancer = tiles["label"] == data.CANCER
+
+    def figures(of):
+        dsc, iou = dsc_iou(counts[of])
+        return {"dsc": dsc, "iou": iou,
+                "accuracy": accuracy(counts[of], tiles["label"][of]) if classes else None}
+
     slides = []
     for n in np.unique(tiles["slide"]):
         of = tiles["slide"] == n
-        dsc, iou = dsc_iou(counts[of])
-        slides.append({"slide": index.sources[n].name, "tiles": int(of.sum()), "dsc": dsc, "iou": iou,
-                       "accuracy": accuracy(counts[of], tiles["label"][of]) if classes else None,
+        slides.append({"slide": index.sources[n].name, "tiles": int(of.sum()), **figures(of),
                        "tumour_share": float(tiles["tumour"][of].mean())})
+    cancer = tiles["label"] == data.CANCER
     with_tumour = [s for s in slides if s["tumour_share"] > 0]
-    (dsc, iou), (dsc_cancer, iou_cancer) = dsc_iou(counts), dsc_iou(counts[cancer])
-    return {"dsc": dsc, "iou": iou, "accuracy": accuracy(counts, tiles["label"]) if classes else None,
-            "dsc_cancer_tiles": dsc_cancer, "iou_cancer_tiles": iou_cancer,
-            "per_slide": {"slides_with_tumour": len(with_tumour),
-                          "dsc": float(np.mean([s["dsc"] for s in with_tumour])),
-                          "iou": float(np.mean([s["iou"] for s in with_tumour])), "list": slides},
+    per_slide = {name: float(np.mean([s[name] for s in with_tumour])) for name in ("dsc", "iou")}
+    return {**figures(np.full(len(rows), True)),
+            **{f"{k}_cancer_tiles": v for k, v in figures(cancer).items() if k != "accuracy"},
+            "per_slide": per_slide | {"slides_with_tumour": len(with_tumour), "list": slides},
             "counts": dict(zip(("tp", "fp", "fn"), counts[:, :3].sum(0).tolist())) | {
                 "tiles": len(rows), "cancer_tiles": int(cancer.sum())}}
 
 
-def show(results):
-    """The headline in one line."""
-    figures = [(name, results[name]) for name in ("dsc", "iou", "accuracy", "dsc_cancer_tiles")]
-    figures.append(("dsc per slide", results["per_slide"]["dsc"]))
-    return "  ".join(f"{name} {'not trained' if v is None else f'{v:.4f}'}" for name, v in figures)
+def headline(results):
+    """The figures that matter, in one line."""
+    accuracy = results["accuracy"]
+    return (f"DSC {results['dsc']:.4f}  IoU {results['iou']:.4f}  accuracy "
+            f"{'of an untrained branch, left out' if accuracy is None else f'{accuracy:.4f}'}  "
+            f"cancer tiles: DSC {results['dsc_cancer_tiles']:.4f}  "
+            f"mean of slides: DSC {results['per_slide']['dsc']:.4f}")
 
 
-def write_pictures(folder, model, index, rows, counts, device, each=4):
+def write_pictures(folder, model, index, rows, counts, args, each=4):
     """Strips tile | truth | prediction of the best, median and worst cancer tiles by DSC."""
-    folder = Path(folder)
     folder.mkdir(exist_ok=True)
-    rows, counts = (a[index.tiles["label"][rows] == data.CANCER] for a in (rows, counts))
-    order = np.argsort([-(dsc_iou(c[None])[0] or 0) for c in counts], kind="stable")
-    middle = max(0, len(order) // 2 - each // 2)
-    tiles, side = data.Tiles(index), index.tile
+    cancer = index.tiles["label"][rows] == data.CANCER
+    rows, dsc = rows[cancer], [dsc_iou(c[None])[0] for c in counts[cancer]]
+    order, side, pitch = np.argsort(dsc, kind="stable")[::-1], index.tile, index.tile + 8
+    middle = max(0, len(order) - each) // 2
     model.eval()
     for name, which in (("best", order[:each]), ("median", order[middle:middle + each]),
                         ("worst", order[::-1][:each])):
-        picture = np.full((len(which) * (side + 8) - 8, 3 * (side + 8) - 8, 3), 128, np.uint8)
+        picture = np.full((len(which) * pitch - 8, 3 * pitch - 8, 3), 128, np.uint8)
         for n, row in enumerate(rows[which].tolist()):
-            image, mask, _, _ = tiles[row]
-            predicted, _ = predict(model, image[None], device)
-            for m, panel in enumerate((image.permute(1, 2, 0), mask[..., None] * 255,
-                                       predicted[0, ..., None].cpu() * 255)):
-                y, x = n * (side + 8), m * (side + 8)
-                picture[y:y + side, x:x + side] = panel.numpy()
+            image, mask, _, _ = data.Tiles(index)[row]
+            found = predict(model, image[None], args)[0][0].cpu()
+            panels = image.permute(1, 2, 0), mask[..., None] * 255, found[..., None] * 255
+            for m, panel in enumerate(panels):
+                picture[n * pitch:n * pitch + side, m * pitch:m * pitch + side] = panel
         Image.fromarray(picture).save(folder / f"{name}.png")
 
 
-def load_checkpoint(path, device):
-    """A checkpoint of train.py -> dict. Raises DataError for a file that is not one."""
+def usable(name):
+    """The type of --device: a torch.device that works here."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{name} cannot be used: {str(error).splitlines()[0]}")
+
+
+def load_checkpoint(path):
+    """last.pt -> dict, on the CPU. Raises DataError for a file that is not a checkpoint."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:          # torch raises many types on files that are not its own
         raise data.DataError(f"{path}: not a checkpoint of train.py ({str(error).splitlines()[0]})"
                              ) from error
 
 
-def load_weights(model, state, path):
+def load_weights(model, checkpoint, path):
     """Fill `model`; DataError where the checkpoint's network is another one."""
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
-        raise data.DataError(f"{path}: weights of another network or width; train it again or pass the "
-                             "--width it was trained with") from error
-
-
-def device(name):
-    """The type of --device: a torch.device that works here."""
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{name} cannot be used here: {str(error).splitlines()[0]}"
-                                         ) from error
+        raise data.DataError(f"{path}: its weights are of another network than its --width "
+                             f"{checkpoint['args']['width']} says; train again") from error
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, help="last.pt of a run")
     parser.add_argument("--data", help="folder of slides (default: the one it was trained with)")
     parser.add_argument("--split", choices=("test", "train"), default="test")
-    parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args(argv)
-    checkpoint = load_checkpoint(options.ckpt, options.device)
+    parser.add_argument("--workers", type=int, default=0, help="processes that read tiles")
+    parser.add_argument("--device", type=usable,
+                        default="cuda" if torch.cuda.is_available() else "cpu")
+    given = parser.parse_args(argv)
+    checkpoint = load_checkpoint(given.ckpt)
     args = SimpleNamespace(**checkpoint["args"])
-    args.data = options.data or args.data
-    model = Network(args.width).to(options.device)
-    load_weights(model, checkpoint["model"], options.ckpt)
+    args.data, args.workers, args.device = given.data or args.data, given.workers, given.device
+    model = Network(args.width).to(args.device)
+    load_weights(model, checkpoint, given.ckpt)
     index, _ = load_index(args)
-    if not options.data and index.fingerprint() != checkpoint["fingerprint"]:
-        data.warn("the slides or annotations have changed since training: other figures than then")
-    rows = np.flatnonzero(index.tiles["train"] == (options.split == "train"))
-    counts = count_tiles(model, index, rows, options.device, args.batch_size, options.workers, args.amp)
-    print(show(summarise(index, rows, counts, args.image_frac > 0)))
+    if not given.data and index.fingerprint() != checkpoint["fingerprint"]:
+        data.warn("slides or annotations have changed since training: the figures will differ")
+    rows = np.flatnonzero(index.tiles["train"] == (given.split == "train"))
+    counts = count_tiles(model, index, rows, args)
+    print(headline(summarise(index, rows, counts, classes=args.image_frac > 0)))
 
 
 if __name__ == "__main__":

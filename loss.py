@@ -7,8 +7,8 @@ All are -mean_x w(x) log p(x), Eq. (1), in float32, over the labelled x alone; a
 unlabelled. p(x) is the softmax probability of the labelled class at pixel (or image) x:
 
     CE    w = 1
-    FW    w = 1 / ln(1.10 + frequency of the class)             as in Y-Net, the paper's reference [5]
-    DWCE  w = 100^(-p^beta), in [0.01, 1]                       Eq. (2), from the prediction itself
+    FW    w = 1 / ln(1.10 + frequency of the class)     as in Y-Net, the paper's reference [5]
+    DWCE  w = 100^(-p^beta), in [0.01, 1]               Eq. (2), from the prediction itself
 
 Pure functions of tensors: copy this file.
 """
@@ -25,8 +25,8 @@ def log_p(logits, target):
 
 def weighted_mean(w, logp, target):
     """-mean of w log p over target >= 0; 0 where nothing is labelled."""
-    # Deviation: the paper's Eq. (1) is +sum w log p; here -mean, because a loss is minimised, and so
-    # that it depends neither on the number of pixels nor on how many are labelled.
+    # Deviation: the paper's Eq. (1) is +sum w log p; here -mean, because a loss is minimised, and
+    # should not depend on how many pixels there are.
     labelled = target >= 0
     return -torch.where(labelled, w * logp, 0.0).sum() / labelled.sum().clamp(min=1)
 
@@ -44,8 +44,8 @@ def fw(logits, target, weights):
 
 def fw_weights(frequency):
     """Class weights from the share of each class in the training labels, rare ones heavier."""
-    # Deviation: the paper cites generalized CE [29] for FW; here Y-Net's [5] fixed weights, because the
-    # implicit weight of [29] grows with p, the opposite of what the text asks for.
+    # Deviation: the paper cites generalized CE [29] for FW; here Y-Net's [5] fixed weights, because
+    # the implicit weight of [29] grows with p and is not fixed.
     return [1 / math.log(1.10 + f) for f in frequency]
 
 
@@ -53,10 +53,10 @@ def dwce(logits, target, beta=3.0, printed=False):
     """Dynamically weighted cross entropy, Eqs. (1) and (2). Shapes as in `ce`.
 
     w = 100^(-p^beta) is detached: 1 at p = 0, .56 at p = .5 (beta 3), .01 at p = 1, so that pixels
-    predicted well count little, but are not lost. `printed` takes Eq. (2) as it stands, w in [1, 100].
+    predicted well count little, but are not lost. `printed`: Eq. (2) as it stands, in [1, 100].
     """
-    # Deviation: the paper prints w = exp(+ln100 p^beta), in [1, 100]; here exp(-ln100 p^beta), because
-    # its text has w in [0, 1] and asks to attend to low p, and beta = 3 then spreads w most.
+    # Deviation: the paper prints w = exp(+ln100 p^beta), in [1, 100]; here exp(-ln100 p^beta),
+    # because its text has w in [0, 1] and attends to low p, and beta = 3 then spreads w most.
     logp = log_p(logits, target)
     p = logp.detach().exp()
     w = torch.exp((1 if printed else -1) * math.log(100) * p ** beta)

@@ -61,14 +61,17 @@ class PSP(nn.Module):
 
 
 class Network(nn.Module):
-    """Encoder of four scales, PSP on each skip, decoder, class branch. Raises ValueError for a width
-    that 4 does not divide (ESP has four branches) and for sides that 8 does not (three poolings)."""
+    """Encoder of four scales, PSP on each skip, decoder, class branch.
+
+    ValueError for a width that 4 does not divide (ESP has four branches: users would get empty
+    ones), and for sides that 8 does not (three poolings).
+    """
 
     def __init__(self, width=32):
         super().__init__()
         if width < 4 or width % 4:
             raise ValueError(f"width is {width}; a multiple of 4, 4 or more, is needed")
-        # Deviation: the paper gives no widths; here C0 = 32, doubled at each scale, because U-Nets do.
+        # Deviation: the paper gives no widths; here C0 = 32, doubled at each scale, as U-Nets do.
         c0, c1, c2, c3 = c = [width * 2 ** k for k in range(4)]
         self.convs = nn.ModuleList(conv_bn_relu(i, o, 3) for i, o in zip([3, c0, c1, c2], c))
         self.esps = nn.ModuleList(ESP(i) for i in c)
@@ -84,7 +87,7 @@ class Network(nn.Module):
     def encode(self, tiles):
         """tiles (B, 3, H, W), 0..255, any dtype -> the ESP maps of the four scales."""
         if tiles.shape[2] % 8 or tiles.shape[3] % 8:
-            raise ValueError(f"tiles of {tiles.shape[2]} x {tiles.shape[3]} px; multiples of 8 are needed")
+            raise ValueError(f"tiles of {tuple(tiles.shape[2:])} px; multiples of 8 are needed")
         x, maps = tiles.float() / 127.5 - 1, []
         for k in range(4):
             x = F.max_pool2d(x, 2) if k else x
@@ -102,7 +105,7 @@ class Network(nn.Module):
         return self.head(x)                                         # (B, 2, H, W)
 
     def classify(self, maps):
-        """The four ESP maps -> image logits (B, 2): the mean of a class-score map, class 1 is cancer."""
+        """The four ESP maps -> image logits (B, 2), class 1 is cancer: the mean of a score map."""
         return self.classifier(maps[3]).mean((2, 3))                # (B, 2, H/8, W/8) -> (B, 2)
 
     def forward(self, tiles):

@@ -2,10 +2,10 @@
 
     python synthetic.py my_slides           # 30 training and 10 test slides, 20 seconds, 50 MB
 
-Lymph-node tissue seen at 0.5 um/px: small dark lymphocytes, larger, paler, irregular tumour nuclei in
-lesions from a few cells to half a millimetre, germinal centres that look a little like tumour, vessels and
-fat as holes, stroma, a stain of its own for every slide. Large lesions have islands of lymphocytes,
-outlined as exclusions; tiles without tissue are absent from the file. Nothing here is a real patient.
+Lymph-node tissue seen at 0.5 um/px: small dark lymphocytes; larger, paler, irregular tumour nuclei
+in lesions from a few cells to half a millimetre; germinal centres, which look a little like tumour;
+vessels and fat as holes; stroma; a stain of its own for every slide. Large lesions have islands of
+lymphocytes, outlined as exclusions; tiles without tissue are absent from the file. Only drawings.
 """
 import hashlib
 import io
@@ -25,39 +25,45 @@ MPP, TIFF_TILE, LEVELS = 0.5, 256, 4
 LYMPHOCYTE, BENIGN, TUMOUR = range(3)
 #            spacing, radius (px), irregularity, haematoxylin of the nuclei, cytoplasm
 CELLS = {LYMPHOCYTE: (15, 5.0, 0.08, 1.00, 0.30),
-         BENIGN: (21, 7.5, 0.10, 0.62, 0.26),
+         BENIGN: (18, 6.5, 0.10, 0.70, 0.26),
          TUMOUR: (24, 8.5, 0.26, 0.66, 0.20)}
 
 
 def smooth_noise(rng, side, grain):
     """A smooth random field with features of about `grain` px: (side, side) float, mean 0, sd 1."""
     coarse = Image.fromarray(rng.standard_normal((side // grain + 3,) * 2).astype(np.float32))
-    field = np.asarray(coarse.resize((side + 2 * grain,) * 2, Image.BICUBIC))[grain:-grain, grain:-grain]
+    field = np.asarray(coarse.resize((side + 2 * grain,) * 2, Image.BICUBIC))
+    field = field[grain:-grain, grain:-grain]
     return (field - field.mean()) / field.std()
 
 
 def blob(rng, x, y, radius, roughness=0.25, points=60):
     """A closed wobbly outline around (x, y): (points, 2) level-0 pixels."""
     angle = np.linspace(0, 2 * np.pi, points, endpoint=False)
-    wave = sum(rng.normal(0, roughness / k) * np.cos(k * angle + rng.uniform(0, 7)) for k in range(2, 7))
+    wave = sum(rng.normal(0, roughness / k) * np.cos(k * angle + rng.uniform(0, 7))
+               for k in range(2, 7))
     r = radius * np.exp(np.clip(wave, -0.6, 0.6))
     return np.stack([x + r * np.cos(angle), y + r * np.sin(angle)], 1).round(1)
 
 
 def draw_slide(rng, side=2048, tumour=True):
-    """A slide -> ((side, side, 3) uint8, [(polygon, is_tumour)]): the picture and its annotation."""
+    """A slide -> its picture (side, side, 3) uint8 and outlines [(xy, is_tumour)]."""
     yy, xx = np.mgrid[:side, :side].astype(np.float32) / side - 0.5
     tissue = 0.55 - 1.5 * np.hypot(xx, yy) ** 1.5 + 0.10 * smooth_noise(rng, side, side // 6) > 0
-    tissue &= smooth_noise(rng, side, side // 14) < 2.1                             # sinuses, vessels
+    tissue &= smooth_noise(rng, side, side // 14) < 2.1                 # sinuses, vessels
     inside = np.argwhere(tissue)[:, ::-1]
 
     polygons, benign = [], []
     if tumour:
-        for _ in range(rng.integers(3, 9)):                 # lesions, from a few cells to 0.5 mm
+        for _ in range(rng.integers(5, 14)):                # lesions
             x, y = inside[rng.integers(len(inside))]
-            radius = side * np.exp(rng.uniform(np.log(0.012), np.log(0.20)))
-            polygons.append((blob(rng, x, y, radius), True))
-            if radius > 0.09 * side:                        # an island of lymphocytes in a large one
+            radius = side * np.exp(rng.uniform(np.log(0.02), np.log(0.22)))
+            outline = blob(rng, x, y, radius)
+            columns, rows = outline.round().astype(int).clip(0, side - 1).T
+            if tissue[rows, columns].mean() < 0.95:
+                continue                                    # nobody outlines glass
+            polygons.append((outline, True))
+            if radius > 0.09 * side:                        # an island of lymphocytes
                 x, y = (x, y) + rng.normal(0, 0.2 * radius, 2)
                 polygons.append((blob(rng, x, y, 0.3 * radius), False))
     for _ in range(rng.integers(4, 10)):                    # germinal centres: the distractors
@@ -72,10 +78,11 @@ def draw_slide(rng, side=2048, tumour=True):
     nuclei = Image.new("L", (side, side))
     pen, angle = ImageDraw.Draw(nuclei), np.linspace(0, 2 * np.pi, 10, endpoint=False)
     for cell, (spacing, radius, irregular, dark, _) in CELLS.items():
-        grid = np.mgrid[0:side:spacing, 0:side:spacing].reshape(2, -1).T + rng.normal(0, 0.28 * spacing, (
-            (side + spacing - 1) // spacing) ** 2 * 2).reshape(-1, 2)
-        x, y = np.clip(grid.round().astype(int), 0, side - 1).T
-        here = tissue[y, x] & (kind[y, x] == cell) & (rng.random(len(x)) > 0.1 + 0.75 * stroma[y, x])
+        grid = np.mgrid[0:side:spacing, 0:side:spacing].reshape(2, -1).astype(float)
+        grid += rng.normal(0, 0.28 * spacing, grid.shape)
+        x, y = grid.round().astype(int).clip(0, side - 1)
+        here = tissue[y, x] & (kind[y, x] == cell)
+        here &= rng.random(len(x)) > 0.1 + 0.75 * stroma[y, x]
         for x, y in zip(x[here].tolist(), y[here].tolist()):
             r = radius * rng.uniform(0.75, 1.3) * np.exp(rng.normal(0, irregular, 10))
             # An ellipse of random stretch and turn, in the complex plane.
@@ -86,7 +93,7 @@ def draw_slide(rng, side=2048, tumour=True):
 
     # Optical density is the stains' sum (Beer-Lambert): haematoxylin in nuclei, eosin around them.
     cytoplasm = Image.fromarray(np.float32([CELLS[k][4] for k in range(3)])[kind])
-    cytoplasm = np.asarray(cytoplasm.resize((side // 16,) * 2, Image.BOX).resize((side, side)))  # soft edge
+    cytoplasm = np.asarray(cytoplasm.reduce(16).resize((side, side)))           # no sharp edges
     eosin = (cytoplasm + 0.35 * stroma) * (1 - 0.7 * nuclei) + 0.05 * smooth_noise(rng, side, 8)
     haematoxylin = nuclei * (0.9 + 0.1 * smooth_noise(rng, side, 4)) + 0.25 * cytoplasm
     strength = np.exp(rng.normal(0, [0.30, 0.35]))          # every slide has a stain of its own
@@ -99,16 +106,17 @@ def draw_slide(rng, side=2048, tumour=True):
 
 
 def write_slide(path, picture, polygons, mpp=MPP):
-    """Write `path`.tif, a BigTIFF pyramid of YCbCr JPEG tiles (absent where white), and `path`.xml."""
+    """Write `path`.tif, a BigTIFF pyramid of YCbCr JPEG tiles (absent where white), and .xml."""
     path = Path(path)
     with tifffile.TiffWriter(path.with_suffix(".tif"), bigtiff=True) as tif:
         for level in range(LEVELS):
             image = Image.fromarray(picture).reduce(2 ** level)
             tables, tiles = jpeg_tiles(image)
             # tifffile writes no JPEG: give it the bytes as zlib's, then put the tags right.
-            tif.write(iter(tiles), shape=(image.height, image.width, 3), dtype=np.uint8, photometric="rgb",
-                      tile=(TIFF_TILE, TIFF_TILE), compression="zlib", metadata=None, subfiletype=level > 0,
-                      resolution=(1e4 / mpp / 2 ** level,) * 2, resolutionunit="CENTIMETER",
+            tif.write(iter(tiles), shape=(image.height, image.width, 3), dtype=np.uint8,
+                      tile=(TIFF_TILE, TIFF_TILE), photometric="rgb", compression="zlib",
+                      subfiletype=int(level > 0), resolution=(1e4 / mpp / 2 ** level,) * 2,
+                      resolutionunit="CENTIMETER", metadata=None,
                       extratags=[(347, 7, len(tables), tables, True)])
     with tifffile.TiffFile(path.with_suffix(".tif"), mode="r+b") as tif:
         for k in range(len(tif.pages)):
@@ -119,13 +127,14 @@ def write_slide(path, picture, polygons, mpp=MPP):
 
 
 def jpeg_tiles(image, quality=80):
-    """The shared tables of an RGB image and its tiles without them; b"" for a tile without tissue."""
+    """An RGB image -> the tables that its JPEG tiles share, the tiles; b"" without tissue."""
     tables, tiles = io.BytesIO(), []
     image.save(tables, "JPEG", quality=quality, streamtype=1)
     for y in range(0, image.height, TIFF_TILE):
         for x in range(0, image.width, TIFF_TILE):
             tile = Image.new("RGB", (TIFF_TILE, TIFF_TILE), "white")
-            tile.paste(image.crop((x, y, min(x + TIFF_TILE, image.width), min(y + TIFF_TILE, image.height))))
+            right, below = min(x + TIFF_TILE, image.width), min(y + TIFF_TILE, image.height)
+            tile.paste(image.crop((x, y, right, below)))
             data = io.BytesIO()
             if np.asarray(tile).min() < 200:
                 tile.save(data, "JPEG", quality=quality, streamtype=2)
@@ -138,11 +147,12 @@ def write_annotation(path, polygons):
     lines = ['<?xml version="1.0"?>', "<ASAP_Annotations>", "<Annotations>"]
     for n, (xy, is_tumour) in enumerate(polygons):
         group = "metastases" if is_tumour else "normal"
-        lines.append(f'<Annotation Name="{n}" Type="Polygon" PartOfGroup="{group}" Color="#F4FA58">')
-        lines.append("<Coordinates>")
-        lines += [f'<Coordinate Order="{k}" X="{x}" Y="{y}" />' for k, (x, y) in enumerate(xy.tolist())]
+        lines += [f'<Annotation Name="{n}" Type="Polygon" PartOfGroup="{group}" Color="#F4FA58">',
+                  "<Coordinates>"]
+        lines += [f'<Coordinate Order="{k}" X="{x}" Y="{y}" />'
+                  for k, (x, y) in enumerate(xy.tolist())]
         lines += ["</Coordinates>", "</Annotation>"]
-    lines += ["</Annotations>", '<AnnotationGroups>']
+    lines += ["</Annotations>", "<AnnotationGroups>"]
     lines += [f'<Group Name="{name}" PartOfGroup="None" Color="{colour}"><Attributes /></Group>'
               for name, colour in (("metastases", "#ff0000"), ("normal", "#00ff00"))]
     lines += ["</AnnotationGroups>", "</ASAP_Annotations>", ""]
@@ -173,7 +183,7 @@ def make_one(job):
 
 
 def cached():
-    """The default slides, drawn once into .cache/ beside this file and again when this file changes."""
+    """The default slides, drawn once into .cache/ beside this file, anew when it changes."""
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     folder = Path(__file__).resolve().parent / ".cache" / f"synthetic-{version}"
     return folder if folder.is_dir() else make(folder)

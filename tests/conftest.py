@@ -1,0 +1,13 @@
+"""Slides for all tests, drawn once: 5 + 3 of 768 px at 0.5 um/px, one test slide without tumour."""
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import synthetic  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def slides(tmp_path_factory):
+    return synthetic.make(tmp_path_factory.mktemp("data") / "slides", train=5, test=3, side=768)

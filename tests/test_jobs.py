@@ -1,0 +1,211 @@
+"""The jobs as users run them: train, resume, evaluate, bad input; and one run that must learn."""
+import contextlib
+import io
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import evaluate
+import loss
+import synthetic
+import train
+from model import Network
+
+TINY = "--tile 64 --mpp 1 --width 8 --lr 3e-3 --epochs 2 --pretrain-epochs 1 --device cpu".split()
+
+
+def call(main, *argv):
+    """Run a job in this process -> exit status, stdout, stderr."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            data.run(lambda: main([str(a) for a in argv]))
+        except SystemExit as stop:
+            status = stop.code or 0
+    return status, out.getvalue(), err.getvalue()
+
+
+def ok(main, *argv):
+    status, out, err = call(main, *argv)
+    assert status == 0, err
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(slides, tmp_path_factory):
+    """A run that is long enough to learn -> its folder, what it printed."""
+    folder = tmp_path_factory.mktemp("run") / "a"
+    return folder, ok(train.main, "--data", slides, "--out", folder, "--pixel-frac", 0.5, *TINY,
+                      "--epochs", 10)
+
+
+def test_the_whole_job_learns(run, slides):
+    """Better than an answer that needs no eyes (all tumour), and than the net before training."""
+    results = json.loads((run[0] / "results.json").read_text())
+    args = train.parse(["--data", str(slides), "--out", "x", *TINY])[0]
+    index, _ = evaluate.load_index(args)
+    test = np.flatnonzero(~index.tiles["train"])
+    share = index.tiles["tumour"][test].mean()
+    torch.manual_seed(0)
+    counts = evaluate.count_tiles(Network(8), index, test, args)
+    floor = max(2 * share / (1 + share), evaluate.summarise(index, test, counts)["dsc"])
+    assert results["dsc"] > floor + 0.1 and results["dsc"] > 0.6, (results["dsc"], floor)
+    assert results["accuracy"] > 0.7
+
+
+def test_a_run_leaves_what_the_readme_says(run):
+    folder, out = run
+    assert {p.name for p in folder.iterdir()} == {
+        "last.pt", "log.jsonl", "tiles.csv", "results.json", "pictures"}
+    checkpoint = torch.load(folder / "last.pt", weights_only=True)
+    assert set(checkpoint) == {"model", "optimizer", "epoch", "rng", "fingerprint", "args"}
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(1, 11))
+    assert "loss_cls" not in lines[0] and "loss_cls" in lines[1]    # pre-training, then both
+    pictures = {p.name: np.asarray(Image.open(p)) for p in (folder / "pictures").iterdir()}
+    assert set(pictures) == {"best.png", "median.png", "worst.png"}
+    assert pictures["best.png"].shape[1] == 3 * 64 + 2 * 8
+    assert pictures["best.png"][:64, 72:136].max() == 255           # a mask of 0 / 1 looks black
+    assert "python evaluate.py --ckpt" in out and "\r" not in out
+
+
+def test_evaluate_repeats_the_figures_of_training_exactly(run):
+    folder, out = run
+    again = ok(evaluate.main, "--ckpt", folder / "last.pt", "--device", "cpu")
+    assert again.strip() in out and "DSC 0." in again
+
+
+def test_metrics_do_not_depend_on_batches_and_iou_follows_from_dsc(run, slides):
+    """Dice averaged over batches gives .35 where the pooled one is .71."""
+    folder, _ = run
+    checkpoint = torch.load(folder / "last.pt", weights_only=True)
+    args = SimpleNamespace(**checkpoint["args"] | {"device": torch.device("cpu")})
+    index, _ = evaluate.load_index(args)
+    model, rows, counts = Network(8), np.flatnonzero(~index.tiles["train"]), []
+    model.load_state_dict(checkpoint["model"])
+    for args.batch_size in (1, 5, 8):
+        counts.append(evaluate.count_tiles(model, index, rows, args))
+        assert np.array_equal(counts[0], counts[-1])
+    results = evaluate.summarise(index, rows, counts[0])
+    for one in (results, *[s for s in results["per_slide"]["list"] if s["dsc"]]):
+        assert one["iou"] == pytest.approx(one["dsc"] / (2 - one["dsc"]))
+    image, mask, _, _ = data.Tiles(index)[int(rows[3])]
+    predicted, _ = evaluate.predict(model, image[None], args)
+    slow = [0, 0, 0]
+    for p, t in zip(predicted.flatten().tolist(), mask.flatten().tolist()):
+        slow[0] += p and t
+        slow[1] += p and not t
+        slow[2] += (not p) and t
+    assert counts[0][3, :3].tolist() == slow
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, slides, tmp_path):
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    ok(train.main, "--data", slides, "--out", whole, *TINY, "--epochs", 3)
+    ok(train.main, "--data", slides, "--out", half, *TINY, "--epochs", 1)
+    ok(train.main, "--resume", half / "last.pt", "--epochs", 3)
+    a, b = (torch.load(f / "last.pt", weights_only=True) for f in (whole, half))
+    assert a["epoch"] == b["epoch"] == 3 and torch.equal(a["rng"], b["rng"])
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    for n, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(v, b["optimizer"]["state"][n][k]) for k, v in state.items())
+    figures = [json.loads((f / "results.json").read_text()) for f in (whole, half)]
+    assert figures[0]["counts"] == figures[1]["counts"]
+    assert (whole / "tiles.csv").read_text() == (half / "tiles.csv").read_text()
+    assert len((half / "log.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("flags", [
+    "--image-frac 0", "--normal-masks", "--label-unit slide --pixel-frac 0", "--amp",
+    "--seg-loss ce --cls-loss fw", "--seg-loss fw --workers 2"])
+def test_every_kind_of_run_ends(slides, tmp_path, flags):
+    out = ok(train.main, "--data", slides, "--out", tmp_path / "r", *TINY, *flags.split())
+    assert ("untrained branch" in out) == ("--image-frac 0" in flags)
+
+
+def test_the_command_of_the_readme_runs(slides, tmp_path, monkeypatch):
+    """With smaller slides and fewer epochs than the reader's."""
+    readme = (Path(train.__file__).parent / "README.md").read_text()
+    command = re.search(r"python train\.py (--pixel-frac 0\.1)$", readme, re.M)[1]
+    monkeypatch.setattr(synthetic, "cached", lambda: slides)
+    monkeypatch.setitem(train.DEMO, "epochs", 1)
+    monkeypatch.setitem(train.DEMO, "width", 4)
+    monkeypatch.chdir(tmp_path)
+    out = ok(train.main, *shlex.split(command), "--device", "cpu")
+    assert out.startswith("no --data: synthetic slides") and "--tile 128" in out
+    assert list(tmp_path.glob("runs/*/results.json"))
+
+
+def one_line_of(status, out, err):
+    assert status == 2 and "Traceback" not in err
+    return err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--pixel-frac 1.5", "1.5 is not in"), ("--image-frac -0.1", "-0.1 is not in"),
+    ("--pixel-frac nan", "nan is not in"), ("--tile 100", "multiple of 8"),
+    ("--width 6", "multiple of 4"), ("--width 0", "0 is not in"), ("--device x", "x cannot be used"),
+    ("--data {empty}", "no .tif"), ("--data {text}", "text.tif"), ("--out {run}", "--resume"),
+    ("--cancer-share 1", "no cancer tile"), ("--resume {text}/text.tif", "not a checkpoint"),
+    ("--resume {missing}", "not a checkpoint"), ("--resume {run}/last.pt --lr 0.5", "--lr was 0.003"),
+    ("--resume {run}/last.pt --width 16", "--width was 8")])
+def test_bad_input_gets_a_line_and_status_2_and_leaves_nothing(run, slides, tmp_path, flags, said):
+    (tmp_path / "empty").mkdir(), (tmp_path / "text").mkdir()
+    (tmp_path / "text/text.tif").write_text("no picture")
+    (tmp_path / "text/text.xml").write_text("<ASAP_Annotations/>")
+    before = (run[0] / "last.pt").read_bytes()
+    argv = [] if "--resume" in flags else ["--data", slides, "--out", tmp_path / "new", *TINY]
+    flags = flags.format(run=run[0], empty=tmp_path / "empty", text=tmp_path / "text",
+                         missing=tmp_path / "no.pt")
+    assert said in one_line_of(*call(train.main, *argv, *flags.split()))
+    assert not (tmp_path / "new").exists() and (run[0] / "last.pt").read_bytes() == before
+
+
+def test_resume_on_changed_slides_and_weights_of_another_width_are_refused(run, slides, tmp_path):
+    shutil.copytree(slides, tmp_path / "slides")
+    xml = next((tmp_path / "slides/train").glob("*.xml"))
+    xml.write_text(xml.read_text().replace("metastases", "None", 2))
+    line = one_line_of(*call(train.main, "--resume", run[0] / "last.pt", "--epochs", 11,
+                             "--data", tmp_path / "slides"))
+    assert "changed" in line
+    checkpoint = torch.load(run[0] / "last.pt", weights_only=True)
+    checkpoint["args"]["width"] = 12
+    torch.save(checkpoint, tmp_path / "other.pt")
+    assert "width" in one_line_of(*call(evaluate.main, "--ckpt", tmp_path / "other.pt"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_tile_damaged_in_the_file_is_named_in_one_line(slides, tmp_path, workers):
+    shutil.copytree(slides, tmp_path / "slides")
+    path = next((tmp_path / "slides/train").glob("synthetic*.tif"))
+    lv = data.Slide(path).levels[1]
+    with path.open("r+b") as file:
+        for offset, count in zip(lv.offsets, lv.counts):
+            file.seek(offset)
+            file.write(bytes(min(count, 60)))
+    line = one_line_of(*call(train.main, "--data", tmp_path / "slides", "--out", tmp_path / "r",
+                             *TINY, "--workers", workers))
+    assert line.startswith("error: ") and path.name in line and "damaged" in line
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_tiles(slides, tmp_path, monkeypatch):
+    monkeypatch.setattr(loss, "dwce", lambda logits, target, beta: logits.sum() * float("nan"))
+    line = one_line_of(*call(train.main, "--data", slides, "--out", tmp_path / "r", *TINY))
+    assert "step 1 is nan" in line and "train/synthetic" in line and "at (" in line
+
+
+def test_dsc_of_known_counts():
+    counts = np.array([[3, 1, 2, 0], [1, 0, 1, 1]])
+    assert evaluate.dsc_iou(counts) == (8 / 12, 4 / 8)
+    assert evaluate.dsc_iou(np.zeros((2, 4), int)) == (None, None)
+    assert evaluate.accuracy(counts, np.array([0, 0])) == 0.5
+    assert evaluate.accuracy(counts, np.array([-1, -1])) is None
