@@ -50,10 +50,10 @@ class DataError(Exception):
 
 
 def run(main):
-    """Call `main`; bad input ends it with one line and exit status 2."""
+    """Call `main`; bad input, or a file that cannot be used, ends it with one line and status 2."""
     try:
         main()
-    except DataError as error:      # raised in a worker, it is the last line of a traceback
+    except (DataError, OSError) as error:       # of a worker, it is the last line of a traceback
         line = str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")
         print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
@@ -67,9 +67,12 @@ def warn(message):
 def atomic(path, mode):
     """Open a temporary file that takes the name `path` once it is written in full."""
     part = Path(f"{path}.part")
-    with part.open(mode, newline="" if mode == "w" else None) as file:
-        yield file
-    part.replace(path)
+    try:
+        with part.open(mode, newline="" if mode == "w" else None) as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def progress(items, what, total=None):
@@ -230,9 +233,9 @@ def tissue_share(slide, level, tile):
     low, fine = slide.levels[k], slide.levels[level]
     # A file without a pyramid may be huge here: read it in bands, keep every step-th pixel.
     step = max(1, math.isqrt(low.width * low.height >> 24))
-    bands = [slide.read(k, 0, y, low.width, min(step * 256, low.height - y))[::step, ::step]
-             for y in range(0, low.height, step * 256)]
-    chroma = np.concatenate([np.ptp(band, axis=2) for band in bands])           # (h, w) uint8
+    bands = (slide.read(k, 0, y, low.width, min(low.tile_h, low.height - y))[-y % step::step]
+             for y in range(0, low.height, low.tile_h))
+    chroma = np.concatenate([np.ptp(band[:, ::step], axis=2) for band in bands])    # (h, w) uint8
     mask = chroma > np.clip(otsu(chroma), 8, 30)
     total = np.pad(mask.cumsum(0).cumsum(1), ((1, 0), (1, 0)))                  # integral image
     side = tile * fine.downsample / (low.downsample * step)         # of a tile, in mask pixels
@@ -329,7 +332,8 @@ class Source(NamedTuple):
 def find_slides(root, seed=0, unlabelled_is_normal=False):
     """Slides below `root` with annotation and split -> [Source]; warns of those left out."""
     root = Path(root)
-    files = sorted(f for f in root.rglob("*") if f.is_file() and f.name[0] != ".")
+    files = sorted(Path(folder, name) for folder, _, names in os.walk(root, followlinks=True)
+                   for name in names if name[0] != ".")
     slides = [f for f in files if f.suffix.lower() in (".tif", ".tiff", ".svs")
               and not f.stem.endswith(("_mask", "_prob"))]      # CAMELYON16's masks, predictions
     if not slides:

@@ -85,7 +85,7 @@ def parse(argv=None):
     add("--epochs", type=number(int, 1), help=f"passes over the tiles {either('epochs')}")
     add("--pretrain-epochs", type=count, help=f"of step 1 alone {either('pretrain_epochs')}")
     add("--batch-size", type=number(int, 1), default=8, help="tiles, in each step (default 8)")
-    add("--lr", type=positive, help=f"Adam's learning rate {either('lr')}")
+    add("--lr", type=positive, help=f"Adam's, falling linearly to 0 {either('lr')}")
     add("--seed", type=count, default=0, help="of split, labels, weights, order (default 0)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", type=evaluate.usable, default="cuda" if torch.cuda.is_available() else "cpu")
@@ -176,7 +176,11 @@ def main(argv=None):
         sums, began = Counter(), time.time()
         batches = data.progress(zip(step1, step2 if alternate else itertools.repeat(None)),
                                 f"epoch {epoch + 1}/{args.epochs}", iterations)
-        for batch1, batch2 in batches:
+        for n, (batch1, batch2) in enumerate(batches, epoch * iterations):
+            # Deviation: the paper gives one learning rate; here it falls linearly to 0, because BN's
+            # running statistics lag behind weights that move: with dwce, DSC .37 without, .79 with.
+            optimizer.param_groups[0]["lr"] = args.lr * (1 - n / (args.epochs * iterations))
+
             # Step 1: pixel labels -> encoder, PSP, decoder. The class branch has no gradient.
             images, masks, _, rows = batch1
             masks = masks.to(device, non_blocking=True)

@@ -111,8 +111,20 @@ def test_metrics_do_not_depend_on_batches_and_iou_follows_from_dsc(run, slides):
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, slides, tmp_path):
     whole, half = tmp_path / "whole", tmp_path / "half"
     ok(train.main, "--data", slides, "--out", whole, *TINY, "--epochs", 3)
-    ok(train.main, "--data", slides, "--out", half, *TINY, "--epochs", 1)
-    ok(train.main, "--resume", half / "last.pt", "--epochs", 3)
+    saves = []
+
+    def interrupted(*args):                     # in the second epoch, after the first checkpoint
+        saves.append(args)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+        return save(*args)
+
+    save = torch.save
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", interrupted)
+        ok(train.main, "--data", slides, "--out", half, *TINY, "--epochs", 3)
+    assert torch.load(half / "last.pt", weights_only=True)["epoch"] == 1
+    ok(train.main, "--resume", half / "last.pt")
     a, b = (torch.load(f / "last.pt", weights_only=True) for f in (whole, half))
     assert a["epoch"] == b["epoch"] == 3 and torch.equal(a["rng"], b["rng"])
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
