@@ -33,7 +33,7 @@ from model import Network
 # epochs, 5 of them pre-training, because comparable work has 224-512 px, 20x and 20-100 epochs.
 PAPER = {"tile": 512, "mpp": 0.5, "width": 32, "lr": 1e-4, "epochs": 50, "pretrain_epochs": 5}
 # Without --data: for a laptop, and for slides that are simpler than tissue.
-DEMO = {"tile": 128, "mpp": 1.0, "width": 16, "lr": 1e-3, "epochs": 6, "pretrain_epochs": 1}
+DEMO = {"tile": 128, "mpp": 1.0, "width": 16, "lr": 1e-3, "epochs": 8, "pretrain_epochs": 1}
 MAY_CHANGE = {"data", "device", "epochs", "out", "resume", "workers"}       # on --resume
 
 
