@@ -10,6 +10,7 @@ tifffile gives the index of a file, Pillow decodes its JPEG tiles; nothing else 
 """
 import contextlib
 import csv
+import functools
 import hashlib
 import io
 import logging
@@ -68,7 +69,7 @@ def atomic(path, mode):
     """Open a temporary file that takes the name `path` once it is written in full."""
     part = Path(f"{path}.part")
     try:
-        with part.open(mode, newline="" if mode == "w" else None) as file:
+        with part.open(mode, encoding="utf-8" if mode == "w" else None) as file:
             yield file
         part.replace(path)
     finally:
@@ -116,6 +117,9 @@ class Slide:
             with tifffile.TiffFile(self.path) as tif:
                 # Not `for page in tif.pages`, which never ends on a cyclic chain of pages.
                 pages = [tif.pages[k] for k in range(len(tif.pages))]
+                tif.filehandle.seek(tif.pages.next_page_offset)
+                if any(tif.filehandle.read(tif.tiff.offsetsize)):       # 0 ends a whole chain
+                    pages = []
                 self.levels, self.mpp = self._levels(pages), self._mpp(pages)
         except DataError:
             raise
@@ -128,21 +132,23 @@ class Slide:
             raise DataError(f"{self.path}: {found}; {cure}")
 
         if not pages:
-            fail("truncated, its index of pages is missing", "download it again")
+            fail("truncated, pages of its index are missing", "download it again")
         if not pages[0].is_tiled:
             fail("striped, not tiled")
         levels, end = [], os.path.getsize(self.path)
         width0, height0 = pages[0].imagewidth, pages[0].imagelength
-        for page in (page for page in pages if page.is_tiled):          # others: label, macro
-            width, height, tile_w, tile_h = (page.imagewidth, page.imagelength, page.tilewidth,
-                                             page.tilelength)
+        for page in pages:
+            if not page.is_tiled:       # thumbnail, label, macro
+                continue
+            width, height = page.imagewidth, page.imagelength
+            tile_w, tile_h = page.tilewidth, page.tilelength
             down = 2 ** round(math.log2(width0 / width))
             if "DPUfsImport" in (pages[0].description or ""):
                 # Philips pads every level to whole tiles: the ratio of two widths means nothing.
                 down = 2 ** len(levels)
                 width, height = width0 // down, height0 // down
             elif max(abs(width * down - width0), abs(height * down - height0)) >= 2 * down:
-                continue                                                # a tiled label or macro
+                continue                # a tiled label or macro
             if page.compression != 7:
                 fail(f"compression is {getattr(page.compression, 'name', page.compression)}")
             if (page.samplesperpixel, page.bitspersample, page.planarconfig) != (3, 8, 1):
@@ -162,14 +168,17 @@ class Slide:
 
     @staticmethod
     def _mpp(pages):
-        aperio = re.search(r"MPP = ([\d.]+)", pages[0].description or "")
-        if aperio:
-            return float(aperio[1])
-        unit, resolution = (pages[0].tags.get(name) for name in ("ResolutionUnit", "XResolution"))
+        text, tags = pages[0].description or "", pages[0].tags
+        unit, resolution = tags.get("ResolutionUnit"), tags.get("XResolution")
         um = {2: 25400, 3: 10000}.get(unit and int(unit.value))
-        if not um or not resolution or 0 in resolution.value:
+        if aperio := re.search(r"MPP = (\d+\.?\d*)", text):
+            mpp = float(aperio[1])
+        elif philips := re.search(r'"DICOM_PIXEL_SPACING"[^>]*>\D*(\d+\.?\d*)', text):
+            mpp = 1000 * float(philips[1])
+        elif um and resolution and 0 not in resolution.value:
+            mpp = um * resolution.value[1] / resolution.value[0]
+        else:
             return None
-        mpp = um * resolution.value[1] / resolution.value[0]
         return mpp if 0.05 < mpp < 20 else None         # 72 dpi and the like are placeholders
 
     def nearest_level(self, mpp, fallback=None):
@@ -229,13 +238,18 @@ def tissue_share(slide, level, tile):
     """
     # Deviation: the paper does not say how tiles were found; here tissue by chroma, because
     # HSV saturation breaks on near-black noise and a fixed value breaks across centres.
-    k = max(n for n, lv in enumerate(slide.levels) if lv.downsample <= TISSUE_DOWNSAMPLE)
-    low, fine = slide.levels[k], slide.levels[level]
+    fine = slide.levels[level]
+    coarsest = min(TISSUE_DOWNSAMPLE, max(1, tile * fine.downsample // 8))      # tiles stay 8 px
+    k = max(n for n, lv in enumerate(slide.levels) if lv.downsample <= coarsest)
+    low = slide.levels[k]
     # A file without a pyramid may be huge here: read it in bands, keep every step-th pixel.
     step = max(1, math.isqrt(low.width * low.height >> 24))
-    bands = (slide.read(k, 0, y, low.width, min(low.tile_h, low.height - y))[-y % step::step]
-             for y in range(0, low.height, low.tile_h))
-    chroma = np.concatenate([np.ptp(band[:, ::step], axis=2) for band in bands])    # (h, w) uint8
+    chroma = []
+    for y in range(0, low.height, low.tile_h):
+        band = slide.read(k, 0, y, low.width, min(low.tile_h, low.height - y))
+        colours = band[-y % step::step, ::step].transpose(2, 0, 1)
+        chroma.append(colours.max(0) - colours.min(0))
+    chroma = np.concatenate(chroma)                                             # (h, w) uint8
     mask = chroma > np.clip(otsu(chroma), 8, 30)
     total = np.pad(mask.cumsum(0).cumsum(1), ((1, 0), (1, 0)))                  # integral image
     side = tile * fine.downsample / (low.downsample * step)         # of a tile, in mask pixels
@@ -313,7 +327,7 @@ def read_annotation(path):
             if group not in TUMOUR_GROUPS | EXCLUSION_GROUPS:
                 raise ValueError(f"group {group!r} is neither tumour nor exclusion")
             polygons.append((xy, group in TUMOUR_GROUPS))
-    except (ElementTree.ParseError, ValueError, TypeError) as error:
+    except (ElementTree.ParseError, LookupError, TypeError, ValueError) as error:
         raise DataError(f"{path}: not a usable ASAP annotation ({error}); mend or remove it"
                         ) from error
     return Annotation(polygons)
@@ -340,18 +354,19 @@ def find_slides(root, seed=0, unlabelled_is_normal=False):
         raise DataError(f"{root}: no .tif, .tiff or .svs slides; give the folder that holds them")
     given = (root / "train").is_dir() and (root / "test").is_dir()
     stages = [f for f in files if f.name in ("stage_labels.csv", "stages.csv")]
-    normal = {row[0].rsplit(".", 1)[0] for f in stages for row in csv.reader(f.open())
-              if row[1:2] == ["negative"]}
+    lines = [line for f in stages for line in f.read_text(errors="replace").splitlines()]
+    normal = {row[0].rsplit(".", 1)[0] for row in csv.reader(lines) if row[1:2] == ["negative"]}
     sources, left_out = [], []
     for path in slides:
         name = path.relative_to(root).as_posix()
-        xmls = [f for f in files if f.stem == path.stem and f.suffix.lower() == ".xml"]
+        xmls = [f for f in files if f.stem.lower() == path.stem.lower()
+                and f.suffix.lower() == ".xml"]
         xmls = [f for f in xmls if f.parent == path.parent] or xmls
         if len(xmls) > 1:
             raise DataError(f"{path}: two annotations, {xmls[0]} and {xmls[1]}; keep one")
         split = name.split("/")[0] if given else ""
         known = (xmls or unlabelled_is_normal or path.stem in normal
-                 or path.stem.startswith("normal"))
+                 or path.stem.lower().startswith("normal"))
         if known and split in ("", "train", "test"):
             sources.append(Source(name, path, xmls[0] if xmls else None, split))
         else:
@@ -362,17 +377,23 @@ def find_slides(root, seed=0, unlabelled_is_normal=False):
     partly = [s.name for s in sources if s.path.stem.lower() in NOT_EXHAUSTIVE]
     if partly:
         warn(f"'normal' tiles may be tumour, not all is outlined on {', '.join(partly)}")
-    return sources if given else seeded_split(sources, seed)
+    sources = sources if given else seeded_split(sources, seed)
+    train, test = ({group(s) for s in sources if s.split == split} for split in ("train", "test"))
+    if train & test:                    # only where the folders say so
+        warn(f"both in train/ and in test/: {', '.join(sorted(train & test))}")
+    return sources
+
+
+def group(source):
+    """What stays on one side of the split: the patient where the name tells, else the slide."""
+    patient = re.match(r"patient_\d+(?=_node_\d+)", source.path.stem.lower())
+    return patient[0] if patient else source.path.stem.lower()
 
 
 def seeded_split(sources, seed):
     """Hold out 20 of 110 slides, with and without tumour alike, a patient's on one side."""
     # Deviation: the paper holds out 20 tumour slides, not named; here 20 in 110, drawn with the
     # seed, by patient where names tell, because slides of one patient are alike.
-    def group(source):
-        patient = re.search(r"patient_\d+(?=_node_\d+)", source.name)
-        return patient[0] if patient else source.name
-
     tumour = {group(s) for s in sources if s.xml}
     test, rng = set(), np.random.default_rng((seed, 0))
     for groups in (tumour, {group(s) for s in sources} - tumour):
@@ -391,51 +412,59 @@ class Index(NamedTuple):
     sources: list               # of Source, and for each its
     slides: list                # Slide,
     annotations: list           # Annotation
-    squares: list               # and number of grid squares, with tissue or not
+    dropped: list               # and squares without tissue: (how many, of them with tumour)
     tile: int                   # side in pixels of the level
     tiles: np.ndarray           # (tiles,) TILE
 
     def fingerprint(self):
-        """Changes when slides, tiles, annotations or the labels used do."""
-        sizes = [(s.name, s.path.stat().st_size) for s in self.sources]
-        return hashlib.sha256(repr(sizes).encode() + self.tiles.tobytes()).hexdigest()
+        """Changes when the size of a slide, an annotation, a tile or a label used does."""
+        files = repr([(source.name, source.path.stat().st_size, source.xml and
+                       source.xml.read_bytes()) for source in self.sources])
+        return hashlib.sha256(files.encode() + self.tiles.tobytes()).hexdigest()
 
 
 def index_tiles(sources, tile=512, mpp=0.5, level=None, cancer_share=0.05):
     """Open every slide and lay a grid of `tile` px at `mpp` um/px over its tissue -> Index."""
     # Deviation: the paper gives no rule for a tile's label; here cancer above 5 % tumour pixels,
     # normal at none, and no label between, because those tiles are neither.
-    slides, annotations, squares, tiles = [], [], [], []
+    slides, annotations, dropped, tiles, far = [], [], [], [], []
     for n, source in enumerate(progress(sources, "slides")):
         slide = Slide(source.path)
         annotation = read_annotation(source.xml) if source.xml else Annotation()
         k = slide.nearest_level(mpp, level)
-        down, share = slide.levels[k].downsample, tissue_share(slide, k, tile)
+        down, empty, lost = slide.levels[k].downsample, 0, 0
+        if slide.mpp and not 2 / 3 < slide.mpp * down / mpp < 3 / 2:
+            far.append(source.name)
         # From (0, 0), so that tiles of 512 or 256 px are aligned with the TIFF's: 3 x less CPU.
-        for y, x in np.argwhere(share >= TISSUE_SHARE) * tile:
+        for (row, col), tissue in np.ndenumerate(tissue_share(slide, k, tile)):
+            x, y = col * tile, row * tile
             tumour = annotation.mask(x, y, tile, tile, down).mean()
+            if tissue < TISSUE_SHARE:
+                empty, lost = empty + 1, lost + (tumour > 0)
+                continue
             label = CANCER if tumour > cancer_share else BETWEEN if tumour > 0 else NORMAL
             tiles.append((n, x * down, y * down, k, source.split == "train", tumour, label, 0, 0))
-        slides.append(slide), annotations.append(annotation), squares.append(share.size)
-    index = Index(sources, slides, annotations, squares, tile, np.array(tiles, TILE))
-    train, label = index.tiles["train"], index.tiles["label"]
-    for split, rows, kind in (("training", train, CANCER), ("training", train, NORMAL),
-                              ("test", ~train, CANCER)):
-        if not (rows & (label == kind)).any():
-            raise DataError(f"no {'cancer' if kind else 'normal'} tile among {rows.sum()} {split} "
-                            f"tiles of {tile} px at {mpp} um/px; change --tile, --mpp or --data")
-    return index
+        slides.append(slide), annotations.append(annotation), dropped.append((empty, lost))
+    if far:
+        warn(f"the nearest level is far from {mpp} um/px on {len(far)} slides: {', '.join(far)}")
+    return Index(sources, slides, annotations, dropped, tile, np.array(tiles, TILE))
 
 
 def choose_labels(index, pixel_frac, image_frac, label_unit="tile", normal_per_cancer=1.0, seed=0):
     """Set tiles["pixel"], tiles["image"]: whose mask, whose image label training may use.
 
-    Returns the training pool, rows of tiles that 100 % stands for.
+    Returns the training pool, rows of tiles that 100 % stands for. DataError if a class is missing.
     """
     tiles = index.tiles
-    # Deviation: the paper does not say which normal tiles it takes; here all cancer tiles and as
-    # many normal ones, drawn with the seed, because tumour is a few per cent of the tissue.
+    tiles["pixel"] = tiles["image"] = False
     train, label = tiles["train"], tiles["label"]
+    for split, rows, kind in (("training", train, CANCER), ("training", train, NORMAL),
+                              ("test", ~train, CANCER)):
+        if not (rows & (label == kind)).any():
+            raise DataError(f"no {LABELS[kind]} tile among {rows.sum()} {split} tiles of "
+                            f"{index.tile} px; change --tile, --mpp, --level or --data")
+    # Deviation: the paper does not say which normal tiles it takes; here all tiles with tumour and
+    # as many normal ones as cancer, drawn with the seed, because tumour is rare.
     normal = np.random.default_rng((seed, 1)).permutation(np.flatnonzero(train & (label == NORMAL)))
     count = math.ceil((train & (label == CANCER)).sum() * normal_per_cancer)
     pool = np.sort(np.r_[np.flatnonzero(train & (label != NORMAL)), normal[:count]])
@@ -474,19 +503,19 @@ def describe(index):
         slides = [n for n, source in enumerate(index.sources) if source.split == split]
         t = index.tiles[index.tiles["train"] == (split == "train")]
         kinds = ", ".join(f"{(t['label'] == value).sum()} {name}" for value, name in LABELS.items())
-        mpp = [(index.slides[n].mpp or math.nan) * index.slides[n].levels[k].downsample
-               for n, k in set(zip(t["slide"].tolist(), t["level"].tolist()))]
-        levels = "/".join(map(str, np.unique(t["level"])))
-        yield (f"{split}: {len(slides)} slides, level {levels}, {np.min(mpp):.3f} to "
-               f"{np.max(mpp):.3f} um/px; {len(t)} tiles kept, "
-               f"{sum(index.squares[n] for n in slides) - len(t)} without tissue dropped; {kinds}; "
+        scales = sorted({f"level {k}, " + (f"{mpp * index.slides[n].levels[k].downsample:.2f} um/px"
+                                           if (mpp := index.slides[n].mpp) else "um/px unknown")
+                         for n, k in t[["slide", "level"]].tolist()})
+        empty, lost = np.sum([index.dropped[n] for n in slides], axis=0)
+        yield (f"{split}: {len(slides)} slides; {'; '.join(scales)}; {len(t)} tiles kept, {empty} "
+               f"without tissue dropped ({lost} with outlined tumour); {kinds}; "
                f"{t['pixel'].sum()} with pixel labels, {t['image'].sum()} with image labels")
 
 
 def write_tiles(index, path):
     """tiles.csv: what every tile is, which of its labels training used; x, y in level-0 pixels."""
     with atomic(path, "w") as file:
-        out = csv.writer(file)
+        out = csv.writer(file, lineterminator="\n")
         out.writerow(["slide", "x", "y", "level", "split", "tumour_share", "image_label",
                       "pixel_label_used", "image_label_used"])
         for slide, x, y, level, train, tumour, label, *used in index.tiles.tolist():
@@ -514,7 +543,7 @@ class Tiles(torch.utils.data.Dataset):
         if position is not None:
             # Deviation: the paper names no augmentation; here flips and quarter turns, because
             # tissue has no up or down.
-            random = np.random.default_rng((self.seed, position, row))
+            random = np.random.default_rng((self.seed, 9, position, row))
             turns, flip = divmod(int(random.integers(8)), 2)
             image, mask = (np.rot90(a[:, ::-1] if flip else a, turns) for a in (image, mask))
         return (torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
@@ -532,16 +561,12 @@ class Batches:
         self.rows, self.batch_size, self.iterations, self.seed = rows, batch_size, iterations, seed
         self.epoch = 0
 
-    def __len__(self):
-        return self.iterations
-
     def __iter__(self):
-        size, batch, order = self.iterations * self.batch_size, [], None
-        for position in range(self.epoch * size, (self.epoch + 1) * size):
-            turn, k = divmod(position, len(self.rows))
-            if order is None or k == 0:
-                order = np.random.default_rng((*self.seed, turn)).permutation(self.rows)
-            batch.append((position, int(order[k])))
-            if len(batch) == self.batch_size:
-                yield batch
-                batch = []
+        @functools.lru_cache(1)
+        def shuffled(turn):
+            return np.random.default_rng((*self.seed, turn)).permutation(self.rows)
+
+        first, n = self.epoch * self.iterations, len(self.rows)
+        for batch in range(first, first + self.iterations):
+            positions = range(batch * self.batch_size, (batch + 1) * self.batch_size)
+            yield [(p, int(shuffled(p // n)[p % n])) for p in positions]

@@ -20,12 +20,16 @@ from model import Network
 
 
 def load_index(args):
-    """The tiles that train.py's `args` describe -> Index, rows of the training pool."""
+    """The tiles that train.py's `args` describe -> Index."""
     sources = data.find_slides(args.data or synthetic.cached(), args.seed,
                                args.unlabelled_is_normal)
-    index = data.index_tiles(sources, args.tile, args.mpp, args.level, args.cancer_share)
-    return index, data.choose_labels(index, args.pixel_frac, args.image_frac, args.label_unit,
-                                     args.normal_per_cancer, args.seed)
+    return data.index_tiles(sources, args.tile, args.mpp, args.level, args.cancer_share)
+
+
+def choose_labels(index, args):
+    """Set the labels that `args` let training use -> rows of the training pool."""
+    return data.choose_labels(index, args.pixel_frac, args.image_frac, args.label_unit,
+                              args.normal_per_cancer, args.seed)
 
 
 @torch.no_grad()
@@ -85,7 +89,7 @@ def summarise(index, rows, counts, classes=True):
     cancer = tiles["label"] == data.CANCER
     with_tumour = [s for s in slides if s["tumour_share"] > 0]
     per_slide = {name: float(np.mean([s[name] for s in with_tumour])) for name in ("dsc", "iou")}
-    return {**figures(np.full(len(rows), True)),
+    return {**figures(slice(None)),
             **{f"{k}_cancer_tiles": v for k, v in figures(cancer).items() if k != "accuracy"},
             "per_slide": per_slide | {"slides_with_tumour": len(with_tumour), "list": slides},
             "counts": dict(zip(("tp", "fp", "fn"), counts[:, :3].sum(0).tolist())) | {
@@ -97,7 +101,7 @@ def headline(results):
     accuracy = results["accuracy"]
     return (f"DSC {results['dsc']:.4f}  IoU {results['iou']:.4f}  accuracy "
             f"{'of an untrained branch, left out' if accuracy is None else f'{accuracy:.4f}'}  "
-            f"cancer tiles: DSC {results['dsc_cancer_tiles']:.4f}  "
+            f"cancer tiles: DSC {results['dsc_cancer_tiles'] or 0:.4f}  "
             f"mean of slides: DSC {results['per_slide']['dsc']:.4f}")
 
 
@@ -132,10 +136,12 @@ def usable(name):
 def load_checkpoint(path):
     """last.pt -> dict, on the CPU. Raises DataError for a file that is not a checkpoint."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["model"], checkpoint["args"]["width"], checkpoint["fingerprint"]
     except Exception as error:          # torch raises many types on files that are not its own
-        raise data.DataError(f"{path}: not a checkpoint of train.py ({str(error).splitlines()[0]})"
-                             ) from error
+        raise data.DataError(f"{path}: not a checkpoint of train.py ({type(error).__name__}: "
+                             f"{(str(error).splitlines() or [''])[0]})") from error
+    return checkpoint
 
 
 def load_weights(model, checkpoint, path):
@@ -148,24 +154,33 @@ def load_weights(model, checkpoint, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, usage="evaluate.py --ckpt F [flags]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, help="last.pt of a run")
-    parser.add_argument("--data", help="folder of slides (default: the one it was trained with)")
-    parser.add_argument("--split", choices=("test", "train"), default="test")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read tiles")
-    parser.add_argument("--device", type=usable,
-                        default="cuda" if torch.cuda.is_available() else "cpu")
+    add = parser.add_argument
+    add("--ckpt", required=True, help="last.pt of a run; what is not given here is as it was there")
+    add("--data", help="folder of slides")
+    add("--split", choices=("test", "train", "all"), default="test")
+    add("--unlabelled-is-normal", action="store_true", help="slides without XML have no tumour")
+    add("--level", type=int, help="level to read where a file does not tell its um/px")
+    add("--device", type=usable)
+    add("--workers", type=int, help="processes that read tiles")
     given = parser.parse_args(argv)
     checkpoint = load_checkpoint(given.ckpt)
-    args = SimpleNamespace(**checkpoint["args"])
-    args.data, args.workers, args.device = given.data or args.data, given.workers, given.device
+    parser.set_defaults(**{name: value for name, value in checkpoint["args"].items()
+                           if hasattr(given, name)})
+    args = SimpleNamespace(**checkpoint["args"] | vars(parser.parse_args(argv)))
     model = Network(args.width).to(args.device)
     load_weights(model, checkpoint, given.ckpt)
-    index, _ = load_index(args)
-    if not given.data and index.fingerprint() != checkpoint["fingerprint"]:
-        data.warn("slides or annotations have changed since training: the figures will differ")
-    rows = np.flatnonzero(index.tiles["train"] == (given.split == "train"))
+    index = load_index(args)
+    if not given.data:
+        choose_labels(index, args)
+        if index.fingerprint() != checkpoint["fingerprint"]:
+            data.warn("slides or annotations have changed since training: other figures")
+    train = index.tiles["train"]
+    rows = np.flatnonzero({"test": ~train, "train": train, "all": train | ~train}[args.split])
+    if not index.tiles["tumour"][rows].any():
+        raise data.DataError(f"{args.data}: no tumour on the {len(rows)} tiles of --split "
+                             f"{args.split}; other slides, or --split all")
     counts = count_tiles(model, index, rows, args)
     print(headline(summarise(index, rows, counts, classes=args.image_frac > 0)))
 

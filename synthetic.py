@@ -19,7 +19,7 @@ import numpy as np
 import tifffile
 from PIL import Image, ImageDraw, ImageFilter
 
-from data import Annotation, progress
+from data import Annotation, DataError, progress, run
 
 MPP, TIFF_TILE, LEVELS = 0.5, 256, 4
 LYMPHOCYTE, BENIGN, TUMOUR = range(3)
@@ -160,8 +160,10 @@ def write_annotation(path, polygons):
 
 
 def make(folder, train=30, test=10, side=2048, seed=0):
-    """Draw slides into `folder`/train and `folder`/test, one in six without tumour -> `folder`."""
+    """Draw slides into the new `folder`, every sixth without tumour -> `folder`."""
     folder = Path(folder)
+    if folder.exists():
+        raise DataError(f"{folder} exists; name a new folder")
     part = Path(f"{folder}.part{os.getpid()}")          # renamed when complete
     for split in ("train", "test"):
         (part / split).mkdir(parents=True)
@@ -170,8 +172,10 @@ def make(folder, train=30, test=10, side=2048, seed=0):
     with ProcessPoolExecutor() as pool:
         for _ in progress(pool.map(make_one, jobs), "drawing slides", len(jobs)):
             pass
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    try:
+        part.rename(folder)
+    except OSError:
+        shutil.rmtree(part)                             # another run drew them in the meantime
     return folder
 
 
@@ -192,4 +196,4 @@ def cached():
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: python synthetic.py FOLDER")
-    make(sys.argv[1])
+    run(lambda: make(sys.argv[1]))

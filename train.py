@@ -34,7 +34,7 @@ from model import Network
 PAPER = {"tile": 512, "mpp": 0.5, "width": 32, "lr": 1e-4, "epochs": 50, "pretrain_epochs": 5}
 # Without --data: for a laptop, and for slides that are simpler than tissue.
 DEMO = {"tile": 128, "mpp": 1.0, "width": 16, "lr": 1e-3, "epochs": 8, "pretrain_epochs": 1}
-MAY_CHANGE = {"data", "device", "epochs", "out", "resume", "workers"}       # on --resume
+MAY_CHANGE = {"data", "device", "epochs", "resume", "workers"}              # on --resume
 
 
 def parse(argv=None):
@@ -46,6 +46,7 @@ def parse(argv=None):
                 raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]" + (
                     f" or not a multiple of {multiple}" if multiple else ""))
             return value
+        check.__name__ = kind.__name__          # argparse says "invalid float value"
         return check
 
     def either(name):
@@ -53,7 +54,7 @@ def parse(argv=None):
 
     count, share, positive = number(int, 0), number(float, 0, 1), number(float, 1e-12, 1e12)
     losses = {"choices": ("dwce", "ce", "fw"), "default": "dwce"}
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, usage="train.py [flags]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("slides and labels").add_argument
     add("--data", help="folder of slides and ASAP XML, any depth; train/ and test/ in it are the "
@@ -86,29 +87,36 @@ def parse(argv=None):
     add("--pretrain-epochs", type=count, help=f"of step 1 alone {either('pretrain_epochs')}")
     add("--batch-size", type=number(int, 1), default=8, help="tiles, in each step (default 8)")
     add("--lr", type=positive, help=f"Adam's, falling linearly to 0 {either('lr')}")
-    add("--seed", type=count, default=0, help="of split, labels, weights, order (default 0)")
+    add("--seed", type=number(int, 0, 2 ** 63), default=0, help="of split, labels, weights and "
+        "order (default 0)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", type=evaluate.usable, default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--workers", type=count, help="processes that read tiles (default 0; up to 8 with a GPU)")
+    add("--workers", type=count, help="processes that read tiles, for each of the two steps "
+        "(default 0; up to 8 with a GPU)")
     add("--amp", action="store_true", help="bfloat16 autocast; the losses stay float32")
     add("--out", help="folder of this run (default runs/<time>)")
-    add("--resume", metavar="LAST.PT", help="go on from this checkpoint, with its arguments")
+    add("--resume", metavar="LAST.PT", help="go on from this checkpoint, in its folder, with its "
+        "arguments; more --epochs stretch the fall of the learning rate")
 
     args, checkpoint = parser.parse_args(argv), None
     if args.resume:
         checkpoint = evaluate.load_checkpoint(args.resume)
-        parser.set_defaults(**checkpoint["args"] | {"out": os.path.dirname(args.resume) or "."})
+        old = checkpoint["args"] | {"out": os.path.dirname(args.resume) or "."}
+        parser.set_defaults(**old)
         args = parser.parse_args(argv)
-        for name in checkpoint["args"].keys() - MAY_CHANGE:
-            if getattr(args, name) != checkpoint["args"][name]:
-                parser.error(f"--{name.replace('_', '-')} was {checkpoint['args'][name]} in "
-                             f"{args.resume}; leave it out, or start a new run")
+        for name in old.keys() - MAY_CHANGE:
+            if getattr(args, name) != old[name]:
+                parser.error(f"--{name.replace('_', '-')} is {old[name]} for {args.resume}; leave "
+                             "it out, or start a new run")
     for name, value in (PAPER if args.data else DEMO).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.workers is None:
         args.workers = 0 if args.device.type == "cpu" else min(8, os.cpu_count())
-    args.out = args.out or time.strftime("runs/%Y%m%d-%H%M%S")
+    args.out = args.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
+    if args.image_frac and args.pretrain_epochs >= args.epochs:
+        parser.error(f"--pretrain-epochs {args.pretrain_epochs} of {args.epochs} leave none for "
+                     "step 2; fewer of them, or more --epochs")
     if not args.resume and Path(args.out, "last.pt").exists():
         parser.error(f"{args.out} holds a run; go on with --resume {args.out}/last.pt, or choose "
                      "another --out")
@@ -127,7 +135,8 @@ def main(argv=None):
     if not args.data:
         print("no --data: synthetic slides, and demo settings where not given:",
               *(f"--{k.replace('_', '-')} {v}" for k, v in DEMO.items()), flush=True)
-    index, pool = evaluate.load_index(args)
+    index = evaluate.load_index(args)
+    pool, fingerprint = evaluate.choose_labels(index, args), index.fingerprint()
     print(*data.describe(index), sep="\n", flush=True)
 
     torch.manual_seed(args.seed)
@@ -135,7 +144,7 @@ def main(argv=None):
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     epochs_done = 0
     if checkpoint:
-        if checkpoint["fingerprint"] != index.fingerprint():
+        if checkpoint["fingerprint"] != fingerprint:
             raise data.DataError(f"{args.resume}: slides or annotations have changed since; put "
                                  "them back as they were, or start a new run")
         evaluate.load_weights(model, checkpoint, args.resume)
@@ -146,12 +155,12 @@ def main(argv=None):
     tiles, dataset = index.tiles, data.Tiles(index, args.seed)
     pixel, image = np.flatnonzero(tiles["pixel"]), np.flatnonzero(tiles["image"])
     # Deviation: the paper does not say how long an epoch of two loaders is; here one pass over all
-    # training tiles, at every fraction, so that S and S+C make the same number of steps.
+    # training tiles, at every fraction, so that S and S+C make the same number of step 1.
     iterations = math.ceil(len(pool) / args.batch_size)
     step1, step2 = (torch.utils.data.DataLoader(
         dataset, batch_sampler=data.Batches(rows, args.batch_size, iterations, (args.seed, stream)),
         num_workers=args.workers, persistent_workers=args.workers > 0,
-        pin_memory=device.type == "cuda") for stream, rows in ((1, pixel), (2, image)))
+        pin_memory=device.type == "cuda") for stream, rows in ((11, pixel), (12, image)))
     tumour = tiles["tumour"][pixel].mean()
     cancer = tiles["label"][image].mean() if len(image) else 0.5
     seg_loss = make_loss(args.seg_loss, args.beta, (1 - tumour, tumour))
@@ -177,8 +186,8 @@ def main(argv=None):
         batches = data.progress(zip(step1, step2 if alternate else itertools.repeat(None)),
                                 f"epoch {epoch + 1}/{args.epochs}", iterations)
         for n, (batch1, batch2) in enumerate(batches, epoch * iterations):
-            # Deviation: the paper gives one learning rate; here it falls linearly to 0, because BN's
-            # running statistics lag behind weights that move: with dwce, DSC .37 without, .79 with.
+            # Deviation: the paper gives one learning rate; here it falls linearly to 0, because
+            # BN's running statistics lag behind weights that move (README, "What we found").
             optimizer.param_groups[0]["lr"] = args.lr * (1 - n / (args.epochs * iterations))
 
             # Step 1: pixel labels -> encoder, PSP, decoder. The class branch has no gradient.
@@ -204,15 +213,17 @@ def main(argv=None):
                 maps = model.encode(images.to(device, non_blocking=True))
                 scores = model.classify(maps)
                 logits = model.decode(maps) if args.normal_masks else None
-            loss_cls = args.alpha * cls_loss(scores, labels)
+            loss_cls = cls_loss(scores, labels)
+            loss_2 = args.alpha * loss_cls
             if args.normal_masks:
                 # Deviation: the paper's step 2 leaves the decoder alone; here, on demand, it learns
-                # that a normal tile has an empty mask, because that costs no annotation.
+                # that normal tiles have empty masks, because that costs no annotation. Balanced:
+                # these pixels together weigh as much as the tumour pixels of step 1.
                 empty = torch.where(labels == data.NORMAL, 0, -1)[:, None, None]
-                loss_cls = loss_cls + seg_loss(logits, empty.expand(masks.shape))
+                loss_2 = loss_2 + tumour * seg_loss(logits, empty.expand(masks.shape))
             sums["loss_cls"] += finite(loss_cls, 2, rows)
             optimizer.zero_grad()
-            loss_cls.backward()
+            loss_2.backward()
             optimizer.step()
             sums["right"] += (scores.argmax(1) == labels).sum().item()
 
@@ -231,16 +242,15 @@ def main(argv=None):
         with data.atomic(out / "last.pt", "wb") as file:
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                         "epoch": epoch + 1, "rng": torch.get_rng_state(),
-                        "fingerprint": index.fingerprint(),
+                        "fingerprint": fingerprint,
                         "args": vars(args) | {"device": str(device)}}, file)
 
     test = np.flatnonzero(~tiles["train"])
     counts = evaluate.count_tiles(model, index, test, args)
     results = evaluate.summarise(index, test, counts, classes=len(image) > 0) | {
         "arguments": vars(args) | {"device": str(device)}, "seconds": time.time() - start,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "numpy": np.__version__, "tifffile": tifffile.__version__,
-                     "pillow": PIL.__version__}}
+        "versions": {"python": platform.python_version()} | {
+            module.__name__: module.__version__ for module in (torch, np, tifffile, PIL)}}
     with data.atomic(out / "results.json", "w") as file:
         json.dump(results, file, indent=1)
     evaluate.write_pictures(out / "pictures", model, index, test, counts, args)

@@ -1,4 +1,4 @@
-"""Slides for all tests, drawn once: 5 + 3 of 768 px at 0.5 um/px, one test slide without tumour."""
+"""Slides for all tests, drawn once: 8 to train, one of them without tumour, and 3 to test."""
 import sys
 from pathlib import Path
 
@@ -10,4 +10,4 @@ import synthetic  # noqa: E402
 
 @pytest.fixture(scope="session")
 def slides(tmp_path_factory):
-    return synthetic.make(tmp_path_factory.mktemp("data") / "slides", train=5, test=3, side=768)
+    return synthetic.make(tmp_path_factory.mktemp("data") / "slides", train=8, test=3, side=768)

@@ -264,7 +264,8 @@ def test_no_slide_is_on_both_sides_and_patients_stay_together(tmp_path):
                 (tmp_path / f"patient_{patient:03}_node_{node}.xml").touch()
     for seed in range(5):
         sources = data.find_slides(tmp_path, seed, unlabelled_is_normal=True)
-        train, test = ({s.name[:11] for s in sources if s.split == split} for split in ("train", "test"))
+        train, test = ({s.name[:11] for s in sources if s.split == split}
+                       for split in ("train", "test"))
         assert len(sources) == 33 and not train & test and len(test) == 2
         assert {s.split for s in sources if s.xml} == {"train", "test"}
 
@@ -319,7 +320,6 @@ def test_another_seed_labels_other_tiles(slides):
     for seed in (0, 0, 1):
         data.choose_labels(index, .1, 1, seed=seed)
         chosen.append(index.tiles["pixel"].copy())
-        index.tiles["pixel"] = False
     assert np.array_equal(chosen[0], chosen[1]) and not np.array_equal(chosen[0], chosen[2])
 
 
@@ -342,7 +342,7 @@ def test_flips_and_turns_move_image_and_mask_together(slides):
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_give_the_same_tiles_as_none(slides, context):
-    """A TiffFile opened before the fork gives wrong tiles; an RNG kept on the dataset, equal ones."""
+    """A TiffFile opened before the fork gives wrong tiles; a dataset's own RNG, equal ones."""
     index = index_of(slides)
     batches = data.Batches(np.arange(40), 8, 7, (0, 1))
     a, b = ([[t.clone() for t in batch] for batch in torch.utils.data.DataLoader(
@@ -368,7 +368,7 @@ def test_batches_pass_over_all_rows_again_and_again_and_never_start_anew():
     (dict(tile=4096), "no normal tile|no cancer tile"), (dict(cancer_share=1.0), "no cancer tile")])
 def test_a_setting_without_one_of_the_classes_is_refused(slides, change, match):
     with pytest.raises(data.DataError, match=match):
-        index_of(slides, **change)
+        data.choose_labels(index_of(slides, **change), 1, 1)
 
 
 def test_tiles_csv_says_what_was_used(slides, tmp_path):

@@ -20,6 +20,7 @@ import synthetic
 import train
 from model import Network
 
+EPOCHS = 16
 TINY = "--tile 64 --mpp 1 --width 8 --lr 3e-3 --epochs 2 --pretrain-epochs 1 --device cpu".split()
 
 
@@ -44,21 +45,21 @@ def ok(main, *argv):
 def run(slides, tmp_path_factory):
     """A run that is long enough to learn -> its folder, what it printed."""
     folder = tmp_path_factory.mktemp("run") / "a"
-    return folder, ok(train.main, "--data", slides, "--out", folder, "--pixel-frac", 0.5, *TINY,
-                      "--epochs", 10)
+    return folder, ok(train.main, "--data", slides, "--out", folder, "--pixel-frac", 1, *TINY,
+                      "--epochs", EPOCHS)
 
 
 def test_the_whole_job_learns(run, slides):
     """Better than an answer that needs no eyes (all tumour), and than the net before training."""
     results = json.loads((run[0] / "results.json").read_text())
     args = train.parse(["--data", str(slides), "--out", "x", *TINY])[0]
-    index, _ = evaluate.load_index(args)
+    index = evaluate.load_index(args)
     test = np.flatnonzero(~index.tiles["train"])
     share = index.tiles["tumour"][test].mean()
     torch.manual_seed(0)
     counts = evaluate.count_tiles(Network(8), index, test, args)
     floor = max(2 * share / (1 + share), evaluate.summarise(index, test, counts)["dsc"])
-    assert results["dsc"] > floor + 0.1 and results["dsc"] > 0.6, (results["dsc"], floor)
+    assert results["dsc"] > max(0.5, floor + 0.2), (results["dsc"], floor)
     assert results["accuracy"] > 0.7
 
 
@@ -69,7 +70,7 @@ def test_a_run_leaves_what_the_readme_says(run):
     checkpoint = torch.load(folder / "last.pt", weights_only=True)
     assert set(checkpoint) == {"model", "optimizer", "epoch", "rng", "fingerprint", "args"}
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == list(range(1, 11))
+    assert [line["epoch"] for line in lines] == list(range(1, EPOCHS + 1))
     assert "loss_cls" not in lines[0] and "loss_cls" in lines[1]    # pre-training, then both
     pictures = {p.name: np.asarray(Image.open(p)) for p in (folder / "pictures").iterdir()}
     assert set(pictures) == {"best.png", "median.png", "worst.png"}
@@ -89,7 +90,7 @@ def test_metrics_do_not_depend_on_batches_and_iou_follows_from_dsc(run, slides):
     folder, _ = run
     checkpoint = torch.load(folder / "last.pt", weights_only=True)
     args = SimpleNamespace(**checkpoint["args"] | {"device": torch.device("cpu")})
-    index, _ = evaluate.load_index(args)
+    index = evaluate.load_index(args)
     model, rows, counts = Network(8), np.flatnonzero(~index.tiles["train"]), []
     model.load_state_dict(checkpoint["model"])
     for args.batch_size in (1, 5, 8):
@@ -150,6 +151,7 @@ def test_the_command_of_the_readme_runs(slides, tmp_path, monkeypatch):
     command = re.search(r"python train\.py (--pixel-frac 0\.1)$", readme, re.M)[1]
     monkeypatch.setattr(synthetic, "cached", lambda: slides)
     monkeypatch.setitem(train.DEMO, "epochs", 1)
+    monkeypatch.setitem(train.DEMO, "pretrain_epochs", 0)
     monkeypatch.setitem(train.DEMO, "width", 4)
     monkeypatch.chdir(tmp_path)
     out = ok(train.main, *shlex.split(command), "--device", "cpu")
@@ -168,8 +170,8 @@ def one_line_of(status, out, err):
     ("--width 6", "multiple of 4"), ("--width 0", "0 is not in"), ("--device x", "x cannot be used"),
     ("--data {empty}", "no .tif"), ("--data {text}", "text.tif"), ("--out {run}", "--resume"),
     ("--cancer-share 1", "no cancer tile"), ("--resume {text}/text.tif", "not a checkpoint"),
-    ("--resume {missing}", "not a checkpoint"), ("--resume {run}/last.pt --lr 0.5", "--lr was 0.003"),
-    ("--resume {run}/last.pt --width 16", "--width was 8")])
+    ("--resume {missing}", "not a checkpoint"), ("--resume {run}/last.pt --lr 0.5", "--lr is 0.003"),
+    ("--resume {run}/last.pt --width 16", "--width is 8")])
 def test_bad_input_gets_a_line_and_status_2_and_leaves_nothing(run, slides, tmp_path, flags, said):
     (tmp_path / "empty").mkdir(), (tmp_path / "text").mkdir()
     (tmp_path / "text/text.tif").write_text("no picture")
@@ -186,7 +188,7 @@ def test_resume_on_changed_slides_and_weights_of_another_width_are_refused(run, 
     shutil.copytree(slides, tmp_path / "slides")
     xml = next((tmp_path / "slides/train").glob("*.xml"))
     xml.write_text(xml.read_text().replace("metastases", "None", 2))
-    line = one_line_of(*call(train.main, "--resume", run[0] / "last.pt", "--epochs", 11,
+    line = one_line_of(*call(train.main, "--resume", run[0] / "last.pt", "--epochs", EPOCHS + 1,
                              "--data", tmp_path / "slides"))
     assert "changed" in line
     checkpoint = torch.load(run[0] / "last.pt", weights_only=True)
