@@ -1,6 +1,7 @@
 """Slides, annotations, tiles: slow oracles for the fast forms, and every kind of odd file."""
 import io
 import math
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -149,15 +150,13 @@ def written(request, tmp_path, monkeypatch):
                 if image.size == (300, 200) and not absent:
                     part = truth[y:y + 128, x:x + 128]
                     part[:] = np.asarray(Image.open(marked))[:part.shape[0], :part.shape[1]]
-        return b"\xff\xd8\xff\xd9", out
+        return b"\xff\xd8\xff\xd9", out          # no shared tables: each tile has its own
 
     monkeypatch.setattr(synthetic, "TIFF_TILE", 128)
     monkeypatch.setattr(synthetic, "jpeg_tiles", tiles)
     synthetic.write_slide(tmp_path / "a", picture, [], mpp=0.25)
     if request.param == "RGB":
-        with tifffile.TiffFile(tmp_path / "a.tif", mode="r+b") as tif:
-            for k in range(len(tif.pages)):
-                tif.pages[k].tags["PhotometricInterpretation"].overwrite(2)
+        patch_pages(tmp_path / "a.tif", PhotometricInterpretation=2)
     return tmp_path / "a.tif", truth
 
 
@@ -189,6 +188,63 @@ def test_a_truncated_file_fails_at_open_not_at_tile_10_000(written, share, tmp_p
         data.Slide(tmp_path / "cut.tif")
 
 
+def test_tiles_without_tables_decode_with_the_shared_ones(tmp_path):
+    """The tables of streamtype 1 in front of the tile of streamtype 2 are one whole JPEG."""
+    rng = np.random.default_rng(4)
+    small = Image.fromarray(rng.integers(0, 256, (25, 25, 3), np.uint8))
+    picture = np.array(small.resize((200, 200)))
+    synthetic.write_slide(tmp_path / "a", picture, [])
+    whole, tile = io.BytesIO(), Image.new("RGB", (256, 256), "white")
+    tile.paste(Image.fromarray(picture))
+    tile.save(whole, "JPEG", quality=80)
+    read = data.Slide(tmp_path / "a.tif").read(0, 0, 0, 200, 200)
+    assert np.array_equal(read, np.asarray(Image.open(whole))[:200, :200])
+
+
+def patch_pages(path, **tags):
+    with tifffile.TiffFile(path, mode="r+b") as tif:
+        for k in range(len(tif.pages)):
+            for name, value in tags.items():
+                tif.pages[k].tags[name].overwrite(value)
+
+
+def test_a_file_cut_after_a_page_is_truncated_not_a_smaller_pyramid(written, tmp_path):
+    """libtiff writes every page behind its tiles: a cut file opens, with fewer levels."""
+    raw = written[0].read_bytes()
+    with tifffile.TiffFile(written[0]) as tif:
+        starts = [tif.pages[k].offset for k in range(1, len(tif.pages))]
+    for start in starts:
+        (tmp_path / "cut.tif").write_bytes(raw[:start])
+        with pytest.raises(data.DataError, match="cut.tif: truncated"):
+            data.Slide(tmp_path / "cut.tif")
+
+
+@pytest.mark.parametrize("text, mpp", [
+    ("Aperio Image Library|AppMag = 40|MPP = 0.2527|", 0.2527), ("Aperio|MPP = 0|", None),
+    ('<DataObject ObjectType="DPUfsImport"><Attribute Name="DICOM_PIXEL_SPACING" Group="0x0028">'
+     "&quot;0.000227&quot; &quot;0.000227&quot;</Attribute></DataObject>", 0.227)])
+def test_resolution_is_found_where_scanners_write_it(tmp_path, text, mpp):
+    page = type("Page", (), {"description": text, "tags": {}})
+    assert data.Slide._mpp([page]) == pytest.approx(mpp)
+
+
+def test_philips_levels_are_halves_by_their_order_whatever_their_padding(tmp_path, monkeypatch):
+    """Padded to whole tiles, 300 px over the 256 px of level 1 is no ratio of 2."""
+    monkeypatch.setattr(synthetic, "TIFF_TILE", 128)
+    original = tifffile.TiffWriter.write
+
+    def padded(self, tiles, **options):
+        h, w, _ = options["shape"]
+        options["shape"] = (-(-h // 128) * 128, -(-w // 128) * 128, 3)
+        return original(self, tiles, description="DPUfsImport", **options)
+
+    monkeypatch.setattr(tifffile.TiffWriter, "write", padded)
+    synthetic.write_slide(tmp_path / "a", np.zeros((384, 640, 3), np.uint8), [])
+    levels = data.Slide(tmp_path / "a.tif").levels
+    assert [(lv.width, lv.height, lv.downsample) for lv in levels] == [
+        (640, 384, 1), (320, 192, 2), (160, 96, 4), (80, 48, 8)]
+
+
 def test_other_kinds_of_tiff_are_refused_with_what_they_are(tmp_path):
     image = np.zeros((64, 64, 3), np.uint8)
     for name, match, options in [
@@ -206,8 +262,7 @@ def test_other_kinds_of_tiff_are_refused_with_what_they_are(tmp_path):
 
 
 def test_jpeg_2000_is_refused_by_its_name(written):
-    with tifffile.TiffFile(written[0], mode="r+b") as tif:
-        tif.pages[0].tags["Compression"].overwrite(33005)
+    patch_pages(written[0], Compression=33005)
     with pytest.raises(data.DataError, match="JP2000"):
         data.Slide(written[0])
 
@@ -270,8 +325,28 @@ def test_no_slide_is_on_both_sides_and_patients_stay_together(tmp_path):
         assert {s.split for s in sources if s.xml} == {"train", "test"}
 
 
+def test_copies_of_a_slide_stay_on_one_side(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for n in range(12):
+            (tmp_path / folder / f"tumor_{n:03}.tif").touch()
+            (tmp_path / folder / f"tumor_{n:03}.xml").touch()
+    sources = data.find_slides(tmp_path)
+    assert not ({s.path.stem for s in sources if s.split == "train"}
+                & {s.path.stem for s in sources if s.split == "test"})
+
+
+def test_folders_train_and_test_are_the_split_and_a_patient_in_both_is_named(tmp_path, capsys):
+    for split, node in (("train", 0), ("test", 1), ("other", 2)):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / f"patient_007_node_{node}.tif").touch()
+    sources = data.find_slides(tmp_path, unlabelled_is_normal=True)
+    assert [(s.name.split("/")[0], s.split) for s in sources] == [("test",) * 2, ("train",) * 2]
+    assert "patient_007" in (said := capsys.readouterr().err) and "other/" in said
+
+
 def test_a_slide_without_xml_is_normal_only_where_that_is_known(tmp_path, capsys):
-    for name in ("tumor_001.tif", "deep/er/normal_002.TIFF", "patient_003_node_1.tif", "x_004.svs",
+    for name in ("tumor_001.tif", "deep/er/Normal_002.TIFF", "patient_003_node_1.tif", "x_004.svs",
                  "tumor_001_mask.tif", ".hidden.tif"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -280,7 +355,7 @@ def test_a_slide_without_xml_is_normal_only_where_that_is_known(tmp_path, capsys
     (tmp_path / "stage_labels.csv").write_text("patient,stage\npatient_003.zip,pN0\n"
                                                "patient_003_node_1.tif,negative\nx_004.tif,micro\n")
     names = {s.path.stem: s.xml for s in data.find_slides(tmp_path)}
-    assert set(names) == {"tumor_001", "normal_002", "patient_003_node_1"} and names["tumor_001"]
+    assert set(names) == {"tumor_001", "Normal_002", "patient_003_node_1"} and names["tumor_001"]
     assert "1 slides left out" in (said := capsys.readouterr().err) and "x_004.svs" in said
     assert len(data.find_slides(tmp_path, unlabelled_is_normal=True)) == 4
 
@@ -340,7 +415,7 @@ def test_flips_and_turns_move_image_and_mask_together(slides):
     assert seen == set(range(8))
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", multiprocessing.get_all_start_methods())
 def test_workers_give_the_same_tiles_as_none(slides, context):
     """A TiffFile opened before the fork gives wrong tiles; a dataset's own RNG, equal ones."""
     index = index_of(slides)

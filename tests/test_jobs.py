@@ -143,6 +143,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, slides, tmp_
 def test_every_kind_of_run_ends(slides, tmp_path, flags):
     out = ok(train.main, "--data", slides, "--out", tmp_path / "r", *TINY, *flags.split())
     assert ("untrained branch" in out) == ("--image-frac 0" in flags)
+    if "--image-frac 0" in flags:               # the job itself keeps step 1 off the class branch
+        torch.manual_seed(0)
+        before = Network(8).state_dict()
+        after = torch.load(tmp_path / "r/last.pt", weights_only=True)["model"]
+        same = {name for name in before if torch.equal(before[name], after[name])}
+        assert {name for name in before if name.startswith("classifier")} == same
 
 
 def test_the_command_of_the_readme_runs(slides, tmp_path, monkeypatch):
@@ -160,17 +166,21 @@ def test_the_command_of_the_readme_runs(slides, tmp_path, monkeypatch):
 
 
 def one_line_of(status, out, err):
-    assert status == 2 and "Traceback" not in err
-    return err.strip().splitlines()[-1]
+    """Of the error; argparse puts its one line of usage before it."""
+    lines = [line for line in err.splitlines() if not line.startswith(("usage: ", "warning: "))]
+    assert status == 2 and len(lines) == 1, err
+    return lines[0]
 
 
 @pytest.mark.parametrize("flags, said", [
     ("--pixel-frac 1.5", "1.5 is not in"), ("--image-frac -0.1", "-0.1 is not in"),
     ("--pixel-frac nan", "nan is not in"), ("--tile 100", "multiple of 8"),
-    ("--width 6", "multiple of 4"), ("--width 0", "0 is not in"), ("--device x", "x cannot be used"),
+    ("--width 6", "multiple of 4"), ("--width 0", "0 is not in"), ("--device x", "x cannot be"),
     ("--data {empty}", "no .tif"), ("--data {text}", "text.tif"), ("--out {run}", "--resume"),
     ("--cancer-share 1", "no cancer tile"), ("--resume {text}/text.tif", "not a checkpoint"),
-    ("--resume {missing}", "not a checkpoint"), ("--resume {run}/last.pt --lr 0.5", "--lr is 0.003"),
+    ("--resume {missing}", "not a checkpoint"), ("--resume {foreign}", "not a checkpoint"),
+    ("--resume {run}/last.pt --lr 0.5", "--lr is 0.003"), ("--epochs 1", "none for step 2"),
+    ("--resume {run}/last.pt --out elsewhere", "--out is"), ("--lr x", "invalid float value"),
     ("--resume {run}/last.pt --width 16", "--width is 8")])
 def test_bad_input_gets_a_line_and_status_2_and_leaves_nothing(run, slides, tmp_path, flags, said):
     (tmp_path / "empty").mkdir(), (tmp_path / "text").mkdir()
@@ -179,7 +189,8 @@ def test_bad_input_gets_a_line_and_status_2_and_leaves_nothing(run, slides, tmp_
     before = (run[0] / "last.pt").read_bytes()
     argv = [] if "--resume" in flags else ["--data", slides, "--out", tmp_path / "new", *TINY]
     flags = flags.format(run=run[0], empty=tmp_path / "empty", text=tmp_path / "text",
-                         missing=tmp_path / "no.pt")
+                         missing=tmp_path / "no.pt", foreign=tmp_path / "foreign.pt")
+    torch.save({"state": torch.zeros(1)}, tmp_path / "foreign.pt")
     assert said in one_line_of(*call(train.main, *argv, *flags.split()))
     assert not (tmp_path / "new").exists() and (run[0] / "last.pt").read_bytes() == before
 
@@ -215,6 +226,19 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_tiles(slides, tmp_path, m
     monkeypatch.setattr(loss, "dwce", lambda logits, target, beta: logits.sum() * float("nan"))
     line = one_line_of(*call(train.main, "--data", slides, "--out", tmp_path / "r", *TINY))
     assert "step 1 is nan" in line and "train/synthetic" in line and "at (" in line
+
+
+def test_slides_are_never_drawn_over_a_folder_that_exists(tmp_path):
+    (tmp_path / "mine.tif").touch()
+    with pytest.raises(data.DataError, match="exists"):
+        synthetic.make(tmp_path)
+    assert (tmp_path / "mine.tif").exists()
+
+
+def test_other_slides_are_scored_by_the_checkpoint_of_a_run(run, slides):
+    one, every = (ok(evaluate.main, "--ckpt", run[0] / "last.pt", "--data", slides / "test",
+                     "--split", split) for split in ("test", "all"))
+    assert every.strip() in run[1] and one != every         # slides/test is the run's test split
 
 
 def test_dsc_of_known_counts():
