@@ -28,6 +28,8 @@ import tifffile
 import torch
 from PIL import Image
 
+# Deviation: the paper names CAMELYON17; here its slides are taken for CAMELYON16's training set and
+# both releases are read, because 210 slides, 110 with tumour, from two hospitals are that set.
 TUMOUR_GROUPS = {"_0", "_1", "tumor", "metastases"}     # CAMELYON16, its test set, CAMELYON17
 EXCLUSION_GROUPS = {"_2", "exclusion", "normal"}
 AREA_TYPES = {"Polygon", "Spline", "Rectangle"}         # not Dot, PointSet, None (rulers)
@@ -484,6 +486,8 @@ def nested(tiles, rows, unit, fraction, seed):
     inside 20 %. Units with and without cancer are ranked apart, so both keep their share, and the
     first tile of each class is always used.
     """
+    # Deviation: the paper gives masks to a share of the tiles; here, on demand, to all tiles of a
+    # share of the slides, because a pathologist outlines slides.
     label = tiles["label"][rows]
     units = rows if unit == "tile" else tiles["slide"][rows]
     with_cancer = np.isin(units, units[label == CANCER])

@@ -56,7 +56,8 @@ def dwce(logits, target, beta=3.0, printed=False):
     predicted well count little, but are not lost. `printed`: Eq. (2) as it stands, in [1, 100].
     """
     # Deviation: the paper prints w = exp(+ln100 p^beta), in [1, 100]; here exp(-ln100 p^beta),
-    # because its text has w in [0, 1] and attends to low p, and beta = 3 then spreads w most.
+    # detached, because its text has w in [0, 1] and attends to low p, beta = 3 then spreads w
+    # most, and a weight with a gradient could make the loss grow with p.
     logp = log_p(logits, target)
     p = logp.detach().exp()
     w = torch.exp((1 if printed else -1) * math.log(100) * p ** beta)

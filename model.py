@@ -29,8 +29,8 @@ def conv_bn_relu(c_in, c_out, kernel):
 class ESP(nn.Module):
     """Efficient spatial pyramid, section 1.5: reduce, four dilated convolutions, concatenate."""
 
-    # Deviation: the paper's ESP source [21] adds hierarchical fusion and a residual; here the plain
-    # concatenation that the paper's own words describe. The parameters are the same.
+    # Deviation: the paper's source [21] adds hierarchical fusion and a residual; here the plain
+    # concatenation, because the paper's own words describe that. The parameters are the same.
     def __init__(self, channels):
         super().__init__()
         d = channels // 4
@@ -82,6 +82,8 @@ class Network(nn.Module):
         # a 3x3 costs 2.7 times the multiply-adds of the whole network for no clear gain in DSC.
         self.fuses = nn.ModuleList(conv_bn_relu(3 * i, i, 1) for i in (c0, c1, c2))
         self.head = nn.Conv2d(c0, 2, 1)
+        # Deviation: the paper does not say how 1x1 convolutions make one label of a map; here as
+        # the mean of a class-score map, C3/2 channels wide before, because any size then will do.
         self.classifier = nn.Sequential(conv_bn_relu(c3, c3 // 2, 1), nn.Conv2d(c3 // 2, 2, 1))
         self.to(memory_format=torch.channels_last)      # 1.4 x faster than NCHW on a CPU
 
