@@ -358,11 +358,14 @@ def find_slides(root, seed=0, unlabelled_is_normal=False):
     stages = [f for f in files if f.name in ("stage_labels.csv", "stages.csv")]
     lines = [line for f in stages for line in f.read_text(errors="replace").splitlines()]
     normal = {row[0].rsplit(".", 1)[0] for row in csv.reader(lines) if row[1:2] == ["negative"]}
+    outlines = {}
+    for f in files:
+        if f.suffix.lower() == ".xml":
+            outlines.setdefault(f.stem.lower(), []).append(f)
     sources, left_out = [], []
     for path in slides:
         name = path.relative_to(root).as_posix()
-        xmls = [f for f in files if f.stem.lower() == path.stem.lower()
-                and f.suffix.lower() == ".xml"]
+        xmls = outlines.get(path.stem.lower(), [])
         xmls = [f for f in xmls if f.parent == path.parent] or xmls
         if len(xmls) > 1:
             raise DataError(f"{path}: two annotations, {xmls[0]} and {xmls[1]}; keep one")
@@ -388,7 +391,7 @@ def find_slides(root, seed=0, unlabelled_is_normal=False):
 
 def group(source):
     """What stays on one side of the split: the patient where the name tells, else the slide."""
-    patient = re.match(r"patient_\d+(?=_node_\d+)", source.path.stem.lower())
+    patient = re.search(r"patient_\d+(?=_node_\d+)", source.path.stem.lower())
     return patient[0] if patient else source.path.stem.lower()
 
 
