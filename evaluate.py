@@ -40,17 +40,31 @@ def predict(model, images, args):
     return logits[:, 1] > logits[:, 0], scores[:, 1] > scores[:, 0]
 
 
-def count_tiles(model, index, rows, args):
-    """Predict tiles `rows` -> (len(rows), 4) int64: TP, FP, FN pixels, predicted label.
-
-    `args` has batch_size, workers, device, amp.
-    """
-    loader = torch.utils.data.DataLoader(
+def batches(index, rows, args, what):
+    """Batches of tiles `rows` as they are; `args` has batch_size, workers, device."""
+    return data.progress(torch.utils.data.DataLoader(
         data.Tiles(index), args.batch_size, sampler=rows.tolist(), num_workers=args.workers,
-        pin_memory=args.device.type == "cuda")
+        pin_memory=args.device.type == "cuda"), what)
+
+
+def settle_batch_norm(model, index, rows, args):
+    """Estimate BN's statistics anew: plain means over batches of the shuffled tiles `rows`."""
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum, usual = None, norm.momentum      # None: the mean of all batches
+    model.train()
+    for images, _, _, _ in batches(index, np.random.default_rng(0).permutation(rows), args, "BN"):
+        predict(model, images, args)
+    for norm in norms:
+        norm.momentum = usual
+
+
+def count_tiles(model, index, rows, args):
+    """Predict tiles `rows` -> (len(rows), 4) int64: TP, FP, FN pixels, predicted label."""
     model.eval()
     counts = []
-    for images, masks, _, _ in data.progress(loader, "evaluating"):
+    for images, masks, _, _ in batches(index, rows, args, "evaluating"):
         masks = masks.to(args.device).bool()
         found, label = predict(model, images, args)
         pixels = (n.sum((1, 2)) for n in (found & masks, found & ~masks, ~found & masks))
@@ -121,7 +135,7 @@ def write_pictures(folder, model, index, rows, counts, args, each=4):
             found = predict(model, image[None], args)[0][0].cpu()
             panels = image.permute(1, 2, 0), mask[..., None] * 255, found[..., None] * 255
             for m, panel in enumerate(panels):
-                picture[n * pitch:n * pitch + side, m * pitch:m * pitch + side] = panel
+                picture[n * pitch:n * pitch + side, m * pitch:m * pitch + side] = panel.numpy()
         Image.fromarray(picture).save(folder / f"{name}.png")
 
 
