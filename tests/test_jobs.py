@@ -79,6 +79,27 @@ def test_a_run_leaves_what_the_readme_says(run):
     assert "python evaluate.py --ckpt" in out and "\r" not in out
 
 
+def test_each_part_is_moved_by_its_own_step_alone(run):
+    """Adam counts the updates of every parameter; a gradient of 0, not None, would count too."""
+    checkpoint = torch.load(run[0] / "last.pt", weights_only=True)
+    names = [name for name, _ in Network(8).named_parameters()]
+    steps = {name.split(".")[0]: int(checkpoint["optimizer"]["state"][n]["step"])
+             for n, name in enumerate(names)}
+    once = steps["psps"] // EPOCHS
+    assert steps == {"classifier": (EPOCHS - 1) * once} | {
+        name: EPOCHS * once for name in ("psps", "ups", "fuses", "head")} | {
+        name: (2 * EPOCHS - 1) * once for name in ("convs", "esps")}
+
+
+def test_every_epoch_goes_on_where_the_last_one_stopped(slides, tmp_path, monkeypatch):
+    seen, read = [], data.Tiles.__getitem__
+    monkeypatch.setattr(data.Tiles, "__getitem__",
+                        lambda self, key: (seen.append(key), read(self, key))[1])
+    ok(train.main, "--data", slides, "--out", tmp_path / "r", *TINY, "--image-frac", 0)
+    positions = [key[0] for key in seen if isinstance(key, tuple)]
+    assert positions == list(range(len(positions))) and len(positions) > 50
+
+
 def test_evaluate_repeats_the_figures_of_training_exactly(run):
     folder, out = run
     again = ok(evaluate.main, "--ckpt", folder / "last.pt", "--device", "cpu")
