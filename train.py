@@ -161,8 +161,8 @@ def main(argv=None):
         dataset, batch_sampler=data.Batches(rows, args.batch_size, iterations, (args.seed, stream)),
         num_workers=args.workers, persistent_workers=args.workers > 0,
         pin_memory=device.type == "cuda") for stream, rows in ((11, pixel), (12, image)))
-    tumour = tiles["tumour"][pixel].mean()
-    cancer = tiles["label"][image].mean() if len(image) else 0.5
+    tumour = float(tiles["tumour"][pixel].mean())
+    cancer = float(tiles["label"][image].mean()) if len(image) else 0.5
     seg_loss = make_loss(args.seg_loss, args.beta, (1 - tumour, tumour))
     cls_loss = make_loss(args.cls_loss, args.beta, (1 - cancer, cancer))
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.amp)
@@ -221,7 +221,8 @@ def main(argv=None):
                 # these pixels together weigh as much as the tumour pixels of step 1.
                 empty = torch.where(labels == data.NORMAL, 0, -1)[:, None, None]
                 loss_2 = loss_2 + tumour * seg_loss(logits, empty.expand(masks.shape))
-            sums["loss_cls"] += finite(loss_cls, 2, rows)
+            finite(loss_2, 2, rows)
+            sums["loss_cls"] += loss_cls.item()
             optimizer.zero_grad()
             loss_2.backward()
             optimizer.step()

@@ -247,6 +247,13 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_tiles(slides, tmp_path, m
     monkeypatch.setattr(loss, "dwce", lambda logits, target, beta: logits.sum() * float("nan"))
     line = one_line_of(*call(train.main, "--data", slides, "--out", tmp_path / "r", *TINY))
     assert "step 1 is nan" in line and "train/synthetic" in line and "at (" in line
+    monkeypatch.undo()                  # step 2's own loss is good here, its mask loss is not
+    mask_loss = loss.dwce
+    monkeypatch.setattr(loss, "dwce", lambda logits, target, beta: mask_loss(logits, target, beta)
+                        * (float("inf") if target.ndim == 3 and (target < 0).any() else 1))
+    line = one_line_of(*call(train.main, "--data", slides, "--out", tmp_path / "s", *TINY,
+                             "--normal-masks"))
+    assert "step 2 is inf" in line
 
 
 def test_slides_are_never_drawn_over_a_folder_that_exists(tmp_path):
