@@ -8,6 +8,7 @@
 Annotations and tiles.csv are in level-0 pixels, `Slide.read` and masks in pixels of the level read.
 tifffile gives the index of a file, Pillow decodes its JPEG tiles; nothing else touches the pixels.
 """
+import argparse
 import contextlib
 import csv
 import functools
@@ -56,10 +57,26 @@ def run(main):
     """Call `main`; bad input, or a file that cannot be used, ends it with one line and status 2."""
     try:
         main()
-    except (DataError, OSError) as error:       # of a worker, it is the last line of a traceback
-        line = str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")
-        print(f"error: {line}", file=sys.stderr)
+    except (DataError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def one_line(error):
+    """What a DataError or OSError says; of a worker, it is the last line of a traceback."""
+    return str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")
+
+
+def number(kind, low, high=math.inf, multiple=None):
+    """The type of a flag: an int or a float (`kind`) in [low, high]."""
+    def check(text):
+        value = kind(text)
+        if not low <= value <= high or multiple and value % multiple:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]" + (
+                f" or not a multiple of {multiple}" if multiple else ""))
+        return value
+    check.__name__ = kind.__name__              # argparse says "invalid float value"
+    return check
 
 
 def warn(message):
@@ -161,7 +178,7 @@ class Slide:
             counts = np.asarray(page.databytecounts, np.int64)
             if not len(offsets) == len(counts) >= -(-width // tile_w) * -(-height // tile_h):
                 fail(f"only {len(offsets)} tiles listed", "download it again")
-            if (offsets + counts).max() > end or min(offsets.min(), counts.min()) < 0:
+            if ((offsets + counts)[counts != 0] > end).any() or min(offsets.min(), counts.min()) < 0:
                 fail("truncated, tiles lie beyond its end", "download it again")
             levels.append(Level(width, height, down, tile_w, tile_h, offsets, counts,
                                 page.jpegtables or b"",
@@ -232,11 +249,12 @@ class Slide:
                             "compare the file with the data set's checksums.md5") from error
 
 
-def tissue_share(slide, level, tile):
-    """Share of tissue in each `tile` x `tile` px square of `level`'s grid: (rows, columns) float.
+def tissue_share(slide, level, tile, stride=None):
+    """Share of tissue in the squares of `tile` px of `level`, one every `stride`: (rows, columns).
 
-    Tissue is chroma (max - min of RGB) above Otsu's threshold, held in [8, 30]: below, an
-    empty slide turns into tissue; above, one without background is split in two kinds of tissue.
+    They lie side by side where no `stride` is given; the last ones may reach over the edge. Tissue
+    is chroma (max - min of RGB) above Otsu's threshold, held in [8, 30]: below, an empty slide
+    turns into tissue; above, one without background is split in two kinds of tissue.
     """
     # Deviation: the paper does not say how tiles were found; here tissue by chroma, because
     # HSV saturation breaks on near-black noise and a fixed value breaks across centres.
@@ -254,11 +272,14 @@ def tissue_share(slide, level, tile):
     chroma = np.concatenate(chroma)                                             # (h, w) uint8
     mask = chroma > np.clip(otsu(chroma), 8, 30)
     total = np.pad(mask.cumsum(0).cumsum(1), ((1, 0), (1, 0)))                  # integral image
-    side = tile * fine.downsample / (low.downsample * step)         # of a tile, in mask pixels
-    ys, xs = (np.minimum(np.round(np.arange(-(-size // tile) + 1) * side).astype(int), length)
-              for size, length in zip((fine.height, fine.width), mask.shape))
-    inside = total[np.ix_(ys, xs)]
-    return np.diff(np.diff(inside, axis=0), axis=1) / side ** 2
+    scale = fine.downsample / (low.downsample * step)               # mask pixels per pixel of level
+    stride = stride or tile
+    for axis, size in enumerate((fine.height, fine.width)):
+        first = stride * np.arange(1 - (tile - size) // stride if size > tile else 1)
+        first, last = (np.minimum(np.round(edge * scale).astype(int), mask.shape[axis])
+                       for edge in (first, first + tile))
+        total = total.take(last, axis) - total.take(first, axis)
+    return total / (tile * scale) ** 2
 
 
 def otsu(values):
@@ -333,6 +354,25 @@ def read_annotation(path):
         raise DataError(f"{path}: not a usable ASAP annotation ({error}); mend or remove it"
                         ) from error
     return Annotation(polygons)
+
+
+def write_annotation(path, polygons, comment=""):
+    """[(xy, is_tumour)] -> ASAP XML, groups `metastases` and `normal` as in CAMELYON17."""
+    groups = {True: "metastases", False: "normal"}
+    with atomic(path, "w") as file:
+        write = functools.partial(print, file=file)
+        write(f'<?xml version="1.0"?>{comment}\n<ASAP_Annotations>\n<Annotations>')
+        for n, (xy, is_tumour) in enumerate(polygons):
+            write(f'<Annotation Name="{n}" Type="Polygon" PartOfGroup="{groups[is_tumour]}" '
+                  'Color="#F4FA58">\n<Coordinates>')
+            for k, (x, y) in enumerate(xy.tolist()):
+                write(f'<Coordinate Order="{k}" X="{x}" Y="{y}" />')
+            write("</Coordinates>\n</Annotation>")
+        write("</Annotations>\n<AnnotationGroups>")
+        for name, colour in zip(groups.values(), ("#ff0000", "#00ff00")):
+            write(f'<Group Name="{name}" PartOfGroup="None" Color="{colour}">'
+                  '<Attributes /></Group>')
+        write("</AnnotationGroups>\n</ASAP_Annotations>")
 
 
 # ------------------------------------------------------------------------ slides, tiles, fractions

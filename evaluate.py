@@ -2,21 +2,26 @@
 
     python evaluate.py --ckpt runs/x/last.pt                # repeats the figures of training
     python evaluate.py --ckpt runs/x/last.pt --data OTHER   # on other slides
+    python evaluate.py --ckpt runs/x/last.pt --whole-slides # every pixel, lesion by lesion
 
 Counts are integers over the whole split and are divided once, so batches do not matter. In every
 row of the paper but one IoU = DSC / (2 - DSC): true of pooled counts, not of means over images.
 """
 import argparse
+import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from PIL import Image
 
 import data
+import outline
+import predict
 import synthetic
-from model import Network
+
+# Metastases by their largest diameter in mm; ITC is isolated tumour cells.
+SIZE_CLASSES = ("macro", 2.0), ("micro", 0.2), ("ITC", 0.0)
 
 
 def load_index(args):
@@ -30,14 +35,6 @@ def choose_labels(index, args):
     """Set the labels that `args` let training use -> rows of the training pool."""
     return data.choose_labels(index, args.pixel_frac, args.image_frac, args.label_unit,
                               args.normal_per_cancer, args.seed)
-
-
-@torch.no_grad()
-def predict(model, images, args):
-    """uint8 tiles (B, 3, T, T) -> tumour masks (B, T, T) bool, cancer labels (B,) bool."""
-    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-        logits, scores = model(images.to(args.device, non_blocking=True))
-    return logits[:, 1] > logits[:, 0], scores[:, 1] > scores[:, 0]
 
 
 def batches(index, rows, args, what):
@@ -55,7 +52,7 @@ def settle_batch_norm(model, index, rows, args):
         norm.momentum, usual = None, norm.momentum      # None: the mean of all batches
     model.train()
     for images, _, _, _ in batches(index, np.random.default_rng(0).permutation(rows), args, "BN"):
-        predict(model, images, args)
+        predict.probabilities(model, images, args)
     for norm in norms:
         norm.momentum = usual
 
@@ -66,7 +63,7 @@ def count_tiles(model, index, rows, args):
     counts = []
     for images, masks, _, _ in batches(index, rows, args, "evaluating"):
         masks = masks.to(args.device).bool()
-        found, label = predict(model, images, args)
+        found, label = (p > 0.5 for p in predict.probabilities(model, images, args))
         pixels = (n.sum((1, 2)) for n in (found & masks, found & ~masks, ~found & masks))
         counts.append(torch.stack([*pixels, label.long()], 1).cpu())
     return torch.cat(counts).numpy()
@@ -132,39 +129,61 @@ def write_pictures(folder, model, index, rows, counts, args, each=4):
         picture = np.full((len(which) * pitch - 8, 3 * pitch - 8, 3), 128, np.uint8)
         for n, row in enumerate(rows[which].tolist()):
             image, mask, _, _ = data.Tiles(index)[row]
-            found = predict(model, image[None], args)[0][0].cpu()
+            found = predict.probabilities(model, image[None], args)[0][0].cpu() > 0.5
             panels = image.permute(1, 2, 0), mask[..., None] * 255, found[..., None] * 255
             for m, panel in enumerate(panels):
                 picture[n * pitch:n * pitch + side, m * pitch:m * pitch + side] = panel.numpy()
         Image.fromarray(picture).save(folder / f"{name}.png")
 
 
-def usable(name):
-    """The type of --device: a torch.device that works here."""
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{name} cannot be used: {str(error).splitlines()[0]}")
+def whole_slides(model, index, which, out, args):
+    """Predict the slides `which` (numbers) into `out`, compare with their annotation -> figures.
 
+    Pixels are counted over the whole level: on glass nothing is predicted, so what is outlined
+    there is missed. A lesion is a patch of touching pixels of --min-area um^2 or more, found or
+    outlined; it is hit, or false, where at least one pixel, or none, is of both.
+    """
+    counts, slides = [], []
+    lesions = {name: {"lesions": 0, "hit": 0} for name, _ in SIZE_CLASSES}
+    for n in which:
+        source, slide, truth = index.sources[n], index.slides[n], index.annotations[n]
+        folder = out / Path(source.name).parent
+        if predict.finished(source.path, folder, args) != "":
+            print(predict.describe(predict.predict_slide(model, source.path, folder, args)),
+                  flush=True)
+        k, mpp = predict.working_level(slide, args)
+        lv = slide.levels[k]
 
-def load_checkpoint(path):
-    """last.pt -> dict, on the CPU. Raises DataError for a file that is not a checkpoint."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["model"], checkpoint["args"]["width"], checkpoint["fingerprint"]
-    except Exception as error:          # torch raises many types on files that are not its own
-        raise data.DataError(f"{path}: not a checkpoint of train.py ({type(error).__name__}: "
-                             f"{(str(error).splitlines() or [''])[0]})") from error
-    return checkpoint
+        def strips(*annotations):
+            for y in range(0, lv.height, predict.SIDE):
+                box = 0, y, lv.width, min(predict.SIDE, lv.height - y), lv.downsample
+                yield [annotation.mask(*box) == 1 for annotation in annotations]
 
-
-def load_weights(model, checkpoint, path):
-    """Fill `model`; DataError where the checkpoint's network is another one."""
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        raise data.DataError(f"{path}: its weights are of another network than its --width "
-                             f"{checkpoint['args']['width']} says; train again") from error
+        found_rings = predict.outlines(predict.files(source.path, folder)[0], mpp, args)
+        found = data.Annotation(outline.to_polygons(found_rings, lv.downsample))
+        counts.append(np.sum([[(t & f).sum(), (~t & f).sum(), (t & ~f).sum()]
+                              for t, f in strips(truth, found)], 0))
+        true_rings = outline.trace((t for t, in strips(truth)), args.min_area / mpp ** 2)
+        truth = data.Annotation(outline.to_polygons(true_rings, lv.downsample))
+        both = outline.trace(t & f for t, f in strips(truth, found))
+        pixels = np.array([ring.xy[0] for ring in both if not ring.is_hole]).reshape(-1, 2)
+        hit = set(outline.lesion_at(true_rings, pixels).tolist())
+        for k, mm in enumerate(outline.diameters(true_rings) * mpp / 1000):
+            if not true_rings[k].is_hole:
+                size = next(name for name, least in SIZE_CLASSES if mm >= least)
+                lesions[size]["lesions"] += 1
+                lesions[size]["hit"] += k in hit
+        dsc, iou = dsc_iou(counts[-1][None])
+        slides.append({"slide": source.name, "dsc": dsc, "iou": iou,
+                       "tumour_mm2": float(counts[-1][[0, 2]].sum() * mpp ** 2 / 1e6),
+                       "false_lesions": sum(not ring.is_hole for ring in found_rings)
+                       - len(set(outline.lesion_at(found_rings, pixels).tolist()))})
+    dsc, iou = dsc_iou(np.array(counts))
+    with_tumour = [s for s in slides if s["tumour_mm2"] > 0]
+    return {"dsc": dsc, "iou": iou, "lesions": lesions,
+            "false_lesions_per_slide": float(np.mean([s["false_lesions"] for s in slides])),
+            "per_slide": {name: float(np.mean([s[name] for s in with_tumour]))
+                          for name in ("dsc", "iou")} | {"list": slides}}
 
 
 def main(argv=None):
@@ -174,29 +193,39 @@ def main(argv=None):
     add("--ckpt", required=True, help="last.pt of a run; what is not given here is as it was there")
     add("--data", help="folder of slides")
     add("--split", choices=("test", "train", "all"), default="test")
-    add("--unlabelled-is-normal", action="store_true", help="slides without XML have no tumour")
-    add("--level", type=int, help="level to read where a file does not tell its um/px")
-    add("--device", type=usable)
-    add("--workers", type=int, help="processes that read tiles")
+    add("--whole-slides", action="store_true", help="predict whole slides as predict.py does, "
+        "into whole_slides/ beside the checkpoint; score their pixels and lesions")
+    add("--unlabelled-is-normal", action="store_true", default=None, help="slides without XML have "
+        "no tumour")
+    add("--level", type=data.number(int, 0), help="level to read where a file does not tell its "
+        "um/px")
+    add("--device", type=predict.usable)
+    add("--workers", type=data.number(int, 0), help="processes that read tiles")
     given = parser.parse_args(argv)
-    checkpoint = load_checkpoint(given.ckpt)
-    parser.set_defaults(**{name: value for name, value in checkpoint["args"].items()
-                           if hasattr(given, name)})
-    args = SimpleNamespace(**checkpoint["args"] | vars(parser.parse_args(argv)))
-    model = Network(args.width).to(args.device)
-    load_weights(model, checkpoint, given.ckpt)
+    model, args, fingerprint = predict.load(given.ckpt, given)
     index = load_index(args)
     if not given.data:
         choose_labels(index, args)
-        if index.fingerprint() != checkpoint["fingerprint"]:
+        if index.fingerprint() != fingerprint:
             data.warn("slides or annotations have changed since training: other figures")
     train = index.tiles["train"]
     rows = np.flatnonzero({"test": ~train, "train": train, "all": train | ~train}[args.split])
     if not index.tiles["tumour"][rows].any():
         raise data.DataError(f"{args.data}: no tumour on the {len(rows)} tiles of --split "
                              f"{args.split}; other slides, or --split all")
-    counts = count_tiles(model, index, rows, args)
-    print(headline(summarise(index, rows, counts, classes=args.image_frac > 0)))
+    if not args.whole_slides:
+        counts = count_tiles(model, index, rows, args)
+        print(headline(summarise(index, rows, counts, classes=args.image_frac > 0)))
+        return
+    out, which = Path(args.ckpt).parent / "whole_slides", np.unique(index.tiles["slide"][rows])
+    results = whole_slides(model, index, which.tolist(), out, args)
+    with data.atomic(out / "results.json", "w") as file:
+        json.dump(results, file, indent=1)
+    print(f"whole slides: DSC {results['dsc']:.4f}  IoU {results['iou']:.4f}  "
+          f"mean of slides: DSC {results['per_slide']['dsc']:.4f}  lesions hit: "
+          + ", ".join(f"{n['hit']} of {n['lesions']} {size}"
+                      for size, n in results["lesions"].items())
+          + f"  false lesions per slide: {results['false_lesions_per_slide']:.2f}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import numpy as np
 import tifffile
 from PIL import Image, ImageDraw, ImageFilter
 
-from data import Annotation, DataError, progress, run
+from data import Annotation, DataError, progress, run, write_annotation
 
 MPP, TIFF_TILE, LEVELS = 0.5, 256, 4
 LYMPHOCYTE, BENIGN, TUMOUR = range(3)
@@ -140,23 +140,6 @@ def jpeg_tiles(image, quality=80):
                 tile.save(data, "JPEG", quality=quality, streamtype=2)
             tiles.append(data.getvalue())
     return tables.getvalue(), tiles
-
-
-def write_annotation(path, polygons):
-    """[(xy, is_tumour)] -> ASAP XML, groups `metastases` and `normal` as in CAMELYON17."""
-    lines = ['<?xml version="1.0"?>', "<ASAP_Annotations>", "<Annotations>"]
-    for n, (xy, is_tumour) in enumerate(polygons):
-        group = "metastases" if is_tumour else "normal"
-        lines += [f'<Annotation Name="{n}" Type="Polygon" PartOfGroup="{group}" Color="#F4FA58">',
-                  "<Coordinates>"]
-        lines += [f'<Coordinate Order="{k}" X="{x}" Y="{y}" />'
-                  for k, (x, y) in enumerate(xy.tolist())]
-        lines += ["</Coordinates>", "</Annotation>"]
-    lines += ["</Annotations>", "<AnnotationGroups>"]
-    lines += [f'<Group Name="{name}" PartOfGroup="None" Color="{colour}"><Attributes /></Group>'
-              for name, colour in (("metastases", "#ff0000"), ("normal", "#00ff00"))]
-    lines += ["</AnnotationGroups>", "</ASAP_Annotations>", ""]
-    Path(path).write_text("\n".join(lines))
 
 
 def make(folder, train=30, test=10, side=2048, seed=0):

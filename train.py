@@ -27,6 +27,8 @@ import torch
 import data
 import evaluate
 import loss
+import predict
+from data import number
 from model import Network
 
 # Deviation: the paper gives no tile size, resolution or epochs; here 512 px at 0.5 um/px and 50
@@ -39,16 +41,6 @@ MAY_CHANGE = {"data", "device", "epochs", "resume", "workers"}              # on
 
 def parse(argv=None):
     """Command line -> arguments, and the checkpoint of --resume or None."""
-    def number(kind, low, high=math.inf, multiple=None):
-        def check(text):
-            value = kind(text)
-            if not low <= value <= high or multiple and value % multiple:
-                raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]" + (
-                    f" or not a multiple of {multiple}" if multiple else ""))
-            return value
-        check.__name__ = kind.__name__          # argparse says "invalid float value"
-        return check
-
     def either(name):
         return f"(default {PAPER[name]}; {DEMO[name]} without --data)"
 
@@ -90,7 +82,7 @@ def parse(argv=None):
     add("--seed", type=number(int, 0, 2 ** 63), default=0, help="of split, labels, weights and "
         "order (default 0)")
     add = parser.add_argument_group("machine").add_argument
-    add("--device", type=evaluate.usable, default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=predict.usable, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--workers", type=count, help="processes that read tiles, for each of the two steps "
         "(default 0; up to 8 with a GPU)")
     add("--amp", action="store_true", help="bfloat16 autocast; the losses stay float32")
@@ -100,7 +92,7 @@ def parse(argv=None):
 
     args, checkpoint = parser.parse_args(argv), None
     if args.resume:
-        checkpoint = evaluate.load_checkpoint(args.resume)
+        checkpoint = predict.load_checkpoint(args.resume)
         old = checkpoint["args"] | {"out": os.path.dirname(args.resume) or "."}
         parser.set_defaults(**old)
         args = parser.parse_args(argv)
@@ -147,7 +139,7 @@ def main(argv=None):
         if checkpoint["fingerprint"] != fingerprint:
             raise data.DataError(f"{args.resume}: slides or annotations have changed since; put "
                                  "them back as they were, or start a new run")
-        evaluate.load_weights(model, checkpoint, args.resume)
+        predict.load_weights(model, checkpoint, args.resume)
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
         epochs_done = checkpoint["epoch"]

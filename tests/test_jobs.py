@@ -1,6 +1,4 @@
 """The jobs as users run them: train, resume, evaluate, bad input; and one run that must learn."""
-import contextlib
-import io
 import json
 import re
 import shlex
@@ -16,37 +14,11 @@ from PIL import Image
 import data
 import evaluate
 import loss
+import predict
 import synthetic
 import train
+from jobs import EPOCHS, TINY, call, ok, one_line_of
 from model import Network
-
-EPOCHS = 16
-TINY = "--tile 64 --mpp 1 --width 8 --lr 3e-3 --epochs 2 --pretrain-epochs 1 --device cpu".split()
-
-
-def call(main, *argv):
-    """Run a job in this process -> exit status, stdout, stderr."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            data.run(lambda: main([str(a) for a in argv]))
-        except SystemExit as stop:
-            status = stop.code or 0
-    return status, out.getvalue(), err.getvalue()
-
-
-def ok(main, *argv):
-    status, out, err = call(main, *argv)
-    assert status == 0, err
-    return out
-
-
-@pytest.fixture(scope="module")
-def run(slides, tmp_path_factory):
-    """A run that is long enough to learn -> its folder, what it printed."""
-    folder = tmp_path_factory.mktemp("run") / "a"
-    return folder, ok(train.main, "--data", slides, "--out", folder, "--pixel-frac", 1, *TINY,
-                      "--epochs", EPOCHS)
 
 
 def test_the_whole_job_learns(run, slides):
@@ -121,7 +93,7 @@ def test_metrics_do_not_depend_on_batches_and_iou_follows_from_dsc(run, slides):
     for one in (results, *[s for s in results["per_slide"]["list"] if s["dsc"]]):
         assert one["iou"] == pytest.approx(one["dsc"] / (2 - one["dsc"]))
     image, mask, _, _ = data.Tiles(index)[int(rows[3])]
-    predicted, _ = evaluate.predict(model, image[None], args)
+    predicted = predict.probabilities(model, image[None], args)[0] > 0.5
     slow = [0, 0, 0]
     for p, t in zip(predicted.flatten().tolist(), mask.flatten().tolist()):
         slow[0] += p and t
@@ -184,13 +156,6 @@ def test_the_command_of_the_readme_runs(slides, tmp_path, monkeypatch):
     out = ok(train.main, *shlex.split(command), "--device", "cpu")
     assert out.startswith("no --data: synthetic slides") and "--tile 128" in out
     assert list(tmp_path.glob("runs/*/results.json"))
-
-
-def one_line_of(status, out, err):
-    """Of the error; argparse puts its one line of usage before it."""
-    lines = [line for line in err.splitlines() if not line.startswith(("usage: ", "warning: "))]
-    assert status == 2 and len(lines) == 1, err
-    return lines[0]
 
 
 @pytest.mark.parametrize("flags, said", [
