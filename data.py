@@ -178,7 +178,8 @@ class Slide:
             counts = np.asarray(page.databytecounts, np.int64)
             if not len(offsets) == len(counts) >= -(-width // tile_w) * -(-height // tile_h):
                 fail(f"only {len(offsets)} tiles listed", "download it again")
-            if ((offsets + counts)[counts != 0] > end).any() or min(offsets.min(), counts.min()) < 0:
+            beyond = (offsets + counts > end) & (counts > 0)            # absent tiles lie nowhere
+            if beyond.any() or min(offsets.min(), counts.min()) < 0:
                 fail("truncated, tiles lie beyond its end", "download it again")
             levels.append(Level(width, height, down, tile_w, tile_h, offsets, counts,
                                 page.jpegtables or b"",

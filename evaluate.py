@@ -137,53 +137,57 @@ def write_pictures(folder, model, index, rows, counts, args, each=4):
 
 
 def whole_slides(model, index, which, out, args):
-    """Predict the slides `which` (numbers) into `out`, compare with their annotation -> figures.
-
-    Pixels are counted over the whole level: on glass nothing is predicted, so what is outlined
-    there is missed. A lesion is a patch of touching pixels of --min-area um^2 or more, found or
-    outlined; it is hit, or false, where at least one pixel, or none, is of both.
-    """
-    counts, slides = [], []
-    lesions = {name: {"lesions": 0, "hit": 0} for name, _ in SIZE_CLASSES}
+    """Predict the slides `which` (numbers) into `out`, compare with their annotation -> figures."""
+    counts, slides, sizes = [], [], {size: {"lesions": 0, "hit": 0} for size, _ in SIZE_CLASSES}
     for n in which:
-        source, slide, truth = index.sources[n], index.slides[n], index.annotations[n]
+        source, slide = index.sources[n], index.slides[n]
         folder = out / Path(source.name).parent
         if predict.finished(source.path, folder, args) != "":
             print(predict.describe(predict.predict_slide(model, source.path, folder, args)),
                   flush=True)
         k, mpp = predict.working_level(slide, args)
-        lv = slide.levels[k]
-
-        def strips(*annotations):
-            for y in range(0, lv.height, predict.SIDE):
-                box = 0, y, lv.width, min(predict.SIDE, lv.height - y), lv.downsample
-                yield [annotation.mask(*box) == 1 for annotation in annotations]
-
-        found_rings = predict.outlines(predict.files(source.path, folder)[0], mpp, args)
-        found = data.Annotation(outline.to_polygons(found_rings, lv.downsample))
-        counts.append(np.sum([[(t & f).sum(), (~t & f).sum(), (t & ~f).sum()]
-                              for t, f in strips(truth, found)], 0))
-        true_rings = outline.trace((t for t, in strips(truth)), args.min_area / mpp ** 2)
-        truth = data.Annotation(outline.to_polygons(true_rings, lv.downsample))
-        both = outline.trace(t & f for t, f in strips(truth, found))
-        pixels = np.array([ring.xy[0] for ring in both if not ring.is_hole]).reshape(-1, 2)
-        hit = set(outline.lesion_at(true_rings, pixels).tolist())
-        for k, mm in enumerate(outline.diameters(true_rings) * mpp / 1000):
-            if not true_rings[k].is_hole:
-                size = next(name for name, least in SIZE_CLASSES if mm >= least)
-                lesions[size]["lesions"] += 1
-                lesions[size]["hit"] += k in hit
-        dsc, iou = dsc_iou(counts[-1][None])
-        slides.append({"slide": source.name, "dsc": dsc, "iou": iou,
-                       "tumour_mm2": float(counts[-1][[0, 2]].sum() * mpp ** 2 / 1e6),
-                       "false_lesions": sum(not ring.is_hole for ring in found_rings)
-                       - len(set(outline.lesion_at(found_rings, pixels).tolist()))})
+        rings = predict.outlines(predict.files(source.path, folder)[0], mpp, args)
+        count, lesions, false = compare(index.annotations[n], rings, slide.levels[k],
+                                        args.min_area / mpp ** 2)
+        for diameter, hit in lesions:
+            size = next(size for size, least in SIZE_CLASSES if diameter * mpp / 1000 >= least)
+            sizes[size]["lesions"] += 1
+            sizes[size]["hit"] += hit
+        counts.append(count)
+        dsc, iou = dsc_iou(count[None])
+        slides.append({"slide": source.name, "dsc": dsc, "iou": iou, "false_lesions": false,
+                       "tumour_mm2": float((count[0] + count[2]) * mpp ** 2 / 1e6)})
     dsc, iou = dsc_iou(np.array(counts))
     with_tumour = [s for s in slides if s["tumour_mm2"] > 0]
-    return {"dsc": dsc, "iou": iou, "lesions": lesions,
+    return {"dsc": dsc, "iou": iou, "lesions": sizes,
             "false_lesions_per_slide": float(np.mean([s["false_lesions"] for s in slides])),
             "per_slide": {name: float(np.mean([s[name] for s in with_tumour]))
                           for name in ("dsc", "iou")} | {"list": slides}}
+
+
+def compare(truth, found, level, min_area):
+    """An Annotation and the Rings found -> TP, FP, FN; [(diameter in px, hit)] of lesions; false.
+
+    Pixels are those of the whole level: nothing is found on glass, so what is outlined there is
+    missed. A lesion is a patch of touching pixels, outlined or found, of `min_area` px or more; it
+    is hit where at least one pixel is of both, and false where none is.
+    """
+    def strips(*annotations):
+        for y in range(0, level.height, predict.SIDE):
+            box = 0, y, level.width, min(predict.SIDE, level.height - y), level.downsample
+            yield [annotation.mask(*box) == 1 for annotation in annotations]
+
+    answer = data.Annotation(outline.to_polygons(found, level.downsample))
+    count = np.sum([[(t & f).sum(), (~t & f).sum(), (t & ~f).sum()]
+                    for t, f in strips(truth, answer)], 0)
+    true = outline.trace((t for t, in strips(truth)), min_area)
+    truth = data.Annotation(outline.to_polygons(true, level.downsample))
+    both = outline.trace(t & f for t, f in strips(truth, answer))
+    pixels = np.array([ring.xy[0] for ring in both if not ring.is_hole]).reshape(-1, 2)
+    hit, right = (set(outline.lesion_at(rings, pixels).tolist()) for rings in (true, found))
+    lesions = [(diameter, n in hit) for n, diameter in enumerate(outline.diameters(true))
+               if not true[n].is_hole]
+    return count, lesions, sum(not ring.is_hole for ring in found) - len(right)
 
 
 def main(argv=None):

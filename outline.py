@@ -129,9 +129,9 @@ def around(hole, islands):
         edge = int(np.where(meets & (start[:, 0] < x), start[:, 0], -1).argmax())
         bridge = [(start[edge, 0], y)]
         path = np.concatenate([bridge, island.xy[:1], island.xy[::-1], bridge])
-        detours.append((edge, y if end[edge, 1] > y else -y, path))
+        detours.append((edge, path))
     pieces, done = [], 0
-    for edge, _, path in sorted(detours, key=lambda detour: detour[:2]):
+    for edge, path in sorted(detours, key=lambda detour: detour[0]):
         pieces += hole[done:2 * edge + 2], path
         done = 2 * edge + 2
     return np.concatenate([*pieces, hole[done:]])

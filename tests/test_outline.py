@@ -64,6 +64,8 @@ def test_outline_to_xml_to_mask_is_the_identity(tmp_path, downsample):
         again = data.read_annotation(tmp_path / "a.xml")
         assert len(again.polygons) == len(polygons)
         assert np.array_equal(again.mask(0, 0, *mask.shape[::-1], downsample), mask), mask
+        level_0 = np.kron(mask, np.ones((downsample, downsample)))
+        assert np.array_equal(again.mask(0, 0, *level_0.shape[::-1]), level_0)
 
 
 def test_rings_are_the_lesions_and_their_holes():

@@ -76,7 +76,10 @@ def test_the_pyramid_holds_the_pixels_and_their_means(tmp_path, h, w):
                           0.5)
     with tifffile.TiffFile(tmp_path / "p.tif") as tif:
         pages = len(tif.pages)
-        assert tif.pages[0].tags["XResolution"].value == (20000, 1) and tif.is_bigtiff
+        assert tif.is_bigtiff and [tif.pages[k].is_reduced for k in range(pages)] == [
+            k > 0 for k in range(pages)]
+        assert [tif.pages[k].tags["XResolution"].value[0] for k in range(pages)] == [
+            20000 / 2 ** k for k in range(pages)]
     expected = picture
     for k in range(pages):
         assert np.array_equal(page(tmp_path / "p.tif", k), expected)
@@ -86,6 +89,25 @@ def test_the_pyramid_holds_the_pixels_and_their_means(tmp_path, h, w):
     if pages > 1:
         even = picture[:h // 2 * 2, :w // 2 * 2].reshape(h // 2, 2, w // 2, 2).mean((1, 3))
         assert np.abs(page(tmp_path / "p.tif", 1)[:h // 2, :w // 2] - even).max() <= 0.5
+
+
+def test_outlines_are_of_pixels_at_the_threshold_and_of_min_area_in_um(tmp_path):
+    p = np.zeros((20, 20), np.uint8)
+    p[2, 2:4], p[6, 2:4], p[10, 2] = 51, 50, 200
+    predict.write_pyramid(tmp_path / "p.tif", [p], 20, 20, 10)
+    args = SimpleNamespace(threshold=0.2, min_area=200)
+    rings = predict.outlines(tmp_path / "p.tif", 10, args)          # a px is 100 um^2
+    assert [ring.xy.tolist() for ring in rings] == [[[2, 2], [4, 2], [4, 3], [2, 3]]]
+
+
+def test_one_tile_alone_gets_the_bits_it_gets_among_others(run):
+    model, args, _ = predict.load(run[0] / "last.pt", SimpleNamespace(device="cpu"))
+    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(0))
+    model.eval()
+    for n, p in enumerate(zip(*predict.probabilities(model, images, args))):
+        alone = predict.probabilities(model, images[n:n + 1], args)
+        assert all(torch.equal(a[0], b) for a, b in zip(alone, p))
 
 
 def test_openslide_reads_the_same_pixels(predicted):
@@ -221,8 +243,8 @@ def test_a_slide_that_fails_is_named_and_the_others_finish(run, slides, tmp_path
 
 
 @pytest.mark.parametrize("where", ["tiles", "write_picture", "outlines", "describe"])
-def test_an_interrupted_run_leaves_nothing_half_written_and_goes_on(run, slides, predicted, tmp_path,
-                                                                   monkeypatch, where):
+def test_an_interrupted_run_leaves_nothing_half_written_and_goes_on(
+        run, slides, predicted, tmp_path, monkeypatch, where):
     paths, calls, out = sorted(slides.glob("test/*.tif")), [], tmp_path / "out"
     argv = ["--ckpt", run[0] / "last.pt", "--out", out, "--device", "cpu", *paths]
     first = paths[0].stem
@@ -257,7 +279,8 @@ def test_an_interrupted_run_leaves_nothing_half_written_and_goes_on(run, slides,
             assert (out / path.name).read_bytes() == path.read_bytes()
 
 
-def test_what_is_done_is_kept_and_other_settings_are_said(run, slides, predicted, tmp_path):
+def test_what_is_done_is_kept_and_other_settings_are_said(run, slides, predicted, tmp_path,
+                                                         monkeypatch):
     out, path = tmp_path / "out", sorted(slides.glob("test/*.tif"))[0]
     shutil.copytree(predicted, out)
     argv = ["--ckpt", run[0] / "last.pt", "--out", out, "--device", "cpu", path]
@@ -270,6 +293,11 @@ def test_what_is_done_is_kept_and_other_settings_are_said(run, slides, predicted
     assert sum(r.area * (1 - 2 * r.is_hole) for r in outline.trace([mask], 200)) == pytest.approx(
         float(table(out)[-1]["tumour_mm2"]) * 1e6, abs=1)
     assert "done before" in ok(predict.main, *argv, "--threshold", 0.7)
+    monkeypatch.setattr(predict, "write_picture", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):          # stopped with half of the old, half of the new
+        call(predict.main, *argv, "--threshold", 0.4, "--overwrite")
+    monkeypatch.undo()
+    assert "done before" not in ok(predict.main, *argv, "--threshold", 0.7)
     (out / "slides.csv").unlink()                   # killed before the first line of all
     assert "done before" not in ok(predict.main, *argv, "--threshold", 0.7)
 
