@@ -127,21 +127,24 @@ def test_probabilities_are_the_weighted_means_of_windows_with_tissue(run, slides
     for path in slides.glob("test/*.tif"):
         slide, found = data.Slide(path), page(predicted / f"{path.stem}_prob.tif")
         lv = slide.levels[1]
-        total, weights, visited = np.zeros((3, lv.height + 64, lv.width + 64))
+        total, weights = np.zeros((2, lv.height + 64, lv.width + 64))
         ramp = np.array([min(i + 0.5, 63.5 - i) for i in range(64)])
-        chroma = data.tissue_share(slide, 1, 64, 32)
+        chroma, score = data.tissue_share(slide, 1, 64, 32), 0
         for row, y in enumerate(range(0, lv.height - 32, 32)):
             for col, x in enumerate(range(0, lv.width - 32, 32)):
                 if chroma[row, col] < 0.1:
                     continue
                 tile = torch.from_numpy(slide.read(1, x, y, 64, 64)).permute(2, 0, 1)[None]
                 with torch.no_grad():
-                    p = model(tile)[0].softmax(1)[0, 1].double().numpy()
+                    p, cancer = (logits.softmax(1)[0, 1].double() for logits in model(tile))
+                p, score = p.numpy(), max(score, float(cancer))
                 total[y:y + 64, x:x + 64] += np.outer(ramp, ramp) * p
                 weights[y:y + 64, x:x + 64] += np.outer(ramp, ramp)
         expected = 255 * total / np.maximum(weights, 1e-9)
         assert found.shape == (lv.height, lv.width)
         assert np.abs(found - expected[:lv.height, :lv.width]).max() < 0.51
+        row, = (row for row in table(predicted) if row["slide"] == path.stem)
+        assert float(row["score"]) == pytest.approx(score, abs=1e-4)
         assert chroma.shape == ((lv.height - 32) // 32, (lv.width - 32) // 32)
 
 
@@ -195,6 +198,21 @@ def test_the_line_of_a_slide_says_what_is_in_the_files(run, slides, predicted):
         assert 0 < float(row["score"]) < 1 and int(row["bytes"]) == path.stat().st_size
     assert float(rows["normal_009"]["score"] if "normal_009" in rows else 0) <= max(
         float(row["score"]) for row in rows.values())
+
+
+def test_areas_and_diameters_are_in_the_um_of_the_slide(run, tmp_path):
+    picture, _ = synthetic.draw_slide(np.random.default_rng((0, 0)), 768)       # is in train/
+    synthetic.write_slide(tmp_path / "s", np.asarray(Image.fromarray(picture).reduce(2)), [],
+                          mpp=0.8)
+    ok(predict.main, "--ckpt", run[0] / "last.pt", "--out", tmp_path, "--device", "cpu",
+       tmp_path / "s.tif")
+    (row,), rings = table(tmp_path), outline.trace([page(tmp_path / "s_prob.tif") >= 128],
+                                                   200 / 0.8 ** 2)
+    area = sum(-ring.area if ring.is_hole else ring.area for ring in rings)
+    assert float(row["um_per_px"]) == 0.8 and area > 100
+    assert float(row["tumour_mm2"]) == pytest.approx(area * 0.64e-6, abs=1e-6)
+    assert float(row["diameter_mm"]) == pytest.approx(
+        max(outline.diameters([ring for ring in rings if not ring.is_hole])) * 0.8e-3, abs=1e-4)
 
 
 def test_the_picture_shows_the_slide_its_outlines_and_the_probability(predicted):
@@ -321,6 +339,9 @@ def test_slides_of_one_name_and_bad_flags_are_refused(run, slides, tmp_path):
                         ("--threshold nan", "nan is not in"), ("--min-area -1", "-1 is not in"),
                         ("--batch-size 0", "0 is not in"), ("--device x", "x cannot be")):
         assert said in one_line_of(*call(predict.main, *ckpt, path, *flags.split()))
+    (tmp_path / "file").touch()
+    status, _, err = call(predict.main, *ckpt, "--out", tmp_path / "file", path)
+    assert status == 1 and path.name in err and "exists" in err and len(err.splitlines()) == 2
     assert "not a checkpoint" in one_line_of(*call(predict.main, "--ckpt", path, path))
     assert not (tmp_path / "out").exists()
 
