@@ -34,6 +34,9 @@ from PIL import Image
 TUMOUR_GROUPS = {"_0", "_1", "tumor", "metastases"}     # CAMELYON16, its test set, CAMELYON17
 EXCLUSION_GROUPS = {"_2", "exclusion", "normal"}
 AREA_TYPES = {"Polygon", "Spline", "Rectangle"}         # not Dot, PointSet, None (rulers)
+NO_SLIDES = "_mask", "_prob"             # ends of stems: CAMELYON16's masks, predictions
+# First line of an annotation by predict.py. ASAP does not keep it: a person has saved the others.
+PREDICTED = "<!-- predicted, not looked at yet -->"
 TISSUE_DOWNSAMPLE = 32      # tissue is found on the coarsest level up to this, about 8 um/px
 TISSUE_SHARE = 0.1          # a tile with less tissue is dropped
 TEST_SHARE = 20 / 110       # the paper holds out 20 of 110 slides
@@ -64,7 +67,7 @@ def run(main):
 
 def one_line(error):
     """What a DataError or OSError says; of a worker, it is the last line of a traceback."""
-    return str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")
+    return str(error).strip().split("\n")[-1].removeprefix("data.DataError: ")
 
 
 def number(kind, low, high=math.inf, multiple=None):
@@ -142,6 +145,9 @@ class Slide:
                 self.levels, self.mpp = self._levels(pages), self._mpp(pages)
         except DataError:
             raise
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path"
+                            ) from error
         except Exception as error:      # tifffile raises many types on damaged files
             raise DataError(f"{path}: not a readable TIFF ({error}); download or convert it again"
                             ) from error
@@ -376,6 +382,12 @@ def write_annotation(path, polygons, comment=""):
         write("</AnnotationGroups>\n</ASAP_Annotations>")
 
 
+def as_predicted(xml):
+    """Whether an annotation is just as predict.py wrote it."""
+    with open(xml, errors="replace") as file:
+        return PREDICTED in file.readline(200)
+
+
 # ------------------------------------------------------------------------ slides, tiles, fractions
 
 class Source(NamedTuple):
@@ -392,7 +404,7 @@ def find_slides(root, seed=0, unlabelled_is_normal=False):
     files = sorted(Path(folder, name) for folder, _, names in os.walk(root, followlinks=True)
                    for name in names if name[0] != ".")
     slides = [f for f in files if f.suffix.lower() in (".tif", ".tiff", ".svs")
-              and not f.stem.endswith(("_mask", "_prob"))]      # CAMELYON16's masks, predictions
+              and not f.stem.endswith(NO_SLIDES)]
     if not slides:
         raise DataError(f"{root}: no .tif, .tiff or .svs slides; give the folder that holds them")
     given = (root / "train").is_dir() and (root / "test").is_dir()
@@ -407,6 +419,7 @@ def find_slides(root, seed=0, unlabelled_is_normal=False):
     for path in slides:
         name = path.relative_to(root).as_posix()
         xmls = outlines.get(path.stem.lower(), [])
+        xmls = [f for f in xmls if not as_predicted(f)] or xmls
         xmls = [f for f in xmls if f.parent == path.parent] or xmls
         if len(xmls) > 1:
             raise DataError(f"{path}: two annotations, {xmls[0]} and {xmls[1]}; keep one")
@@ -420,6 +433,10 @@ def find_slides(root, seed=0, unlabelled_is_normal=False):
     if left_out:
         warn(f"{len(left_out)} slides left out, not annotated nor known to be normal (take them "
              f"with --unlabelled-is-normal) or outside train/ and test/: {', '.join(left_out)}")
+    unseen = [s.xml.name for s in sources if s.xml and as_predicted(s.xml)]
+    if unseen:
+        warn("predicted, and nobody has saved them since; look at them in ASAP, or remove them: "
+             + ", ".join(unseen))
     partly = [s.name for s in sources if s.path.stem.lower() in NOT_EXHAUSTIVE]
     if partly:
         warn(f"'normal' tiles may be tumour, not all is outlined on {', '.join(partly)}")

@@ -221,10 +221,12 @@ def main(argv=None):
         counts = count_tiles(model, index, rows, args)
         print(headline(summarise(index, rows, counts, classes=args.image_frac > 0)))
         return
-    out, which = Path(args.ckpt).parent / "whole_slides", np.unique(index.tiles["slide"][rows])
-    results = whole_slides(model, index, which.tolist(), out, args)
+    out = Path(args.ckpt).parent / "whole_slides"
+    which = [n for n, source in enumerate(index.sources) if args.split in ("all", source.split)]
+    results = whole_slides(model, index, which, out, args)
     with data.atomic(out / "results.json", "w") as file:
-        json.dump(results, file, indent=1)
+        json.dump(results | {"arguments": vars(args) | {"device": str(args.device)}}, file,
+                  indent=1)
     print(f"whole slides: DSC {results['dsc']:.4f}  IoU {results['iou']:.4f}  "
           f"mean of slides: DSC {results['per_slide']['dsc']:.4f}  lesions hit: "
           + ", ".join(f"{n['hit']} of {n['lesions']} {size}"

@@ -8,6 +8,7 @@ correct in ASAP; NAME.png, both, small; a line of slides.csv. Slides that are do
 again. Outlines, areas and lesions are of the pixels at --threshold, without specks.
 """
 import argparse
+import contextlib
 import csv
 import hashlib
 import io
@@ -33,9 +34,7 @@ PICTURE = 2000                  # px, the longer side of NAME.png at most
 # The smallest lesions outlined in CAMELYON are single cells of 140 um^2; .9 of them exceed 350.
 DEFAULTS = {"overlap": 0.5, "threshold": 0.5, "min_area": 200.0}
 FIELDS = ("slide", "bytes", "width", "height", "level", "um_per_px", "tissue_tiles", "seconds",
-          "tumour_mm2", "score", "lesions", "diameter_mm", *DEFAULTS, "weights")
-# ASAP does not keep the comment: where it is missing, a person has saved the file.
-PREDICTED = "<!-- predicted, not looked at yet -->"
+          "tumour_mm2", "score", "lesions", "diameter_mm", *DEFAULTS, "amp", "weights")
 
 
 # --------------------------------------------------------------------------------------- the model
@@ -238,8 +237,7 @@ def predict_slide(model, path, out, args):
     """
     start, path, out = time.time(), Path(path), Path(out)
     probability, png, xml = files(path, out)
-    if xml.exists() and not as_predicted(xml):
-        raise data.DataError(f"{xml}: drawn or corrected by hand; move it, or choose another --out")
+    refuse_by_hand(xml)
     slide = data.Slide(path)
     k, mpp = working_level(slide, args)
     lv = slide.levels[k]
@@ -262,14 +260,16 @@ def predict_slide(model, path, out, args):
             yield from zip(xs.tolist(), ys.tolist(), p.cpu().numpy())
 
     out.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError), open(out / "slides.csv", "x") as file:
+        file.write(",".join(FIELDS) + "\n")     # long before any process has a line for it
     model.eval()
     with data.atomic(probability, "wb") as file:
         write_pyramid(file.name, blend(windows(), args.tile, lv.width, lv.height), lv.width,
                       lv.height, mpp)
-        xml.unlink(missing_ok=True)             # of another prediction: what is there is of one
+        refuse_by_hand(xml)                     # it may have been corrected in the meantime
+        xml.unlink(missing_ok=True)             # it comes last: where it is, all is of one time
     rings = outlines(probability, mpp, args)
     write_picture(png, slide, probability, rings, k)
-    data.write_annotation(xml, outline.to_polygons(rings, lv.downsample), PREDICTED)
     lesions = [ring for ring in rings if not ring.is_hole]
     area = sum(-ring.area if ring.is_hole else ring.area for ring in rings)
     row = dict(zip(FIELDS, (
@@ -277,23 +277,24 @@ def predict_slide(model, path, out, args):
         round(mpp, 4), len(places), round(time.time() - start, 2), round(area * mpp ** 2 / 1e6, 6),
         round(score, 4) if args.image_frac else "", len(lesions),
         round(outline.diameters(lesions).max(initial=0) * mpp / 1e3, 4),
-        *(getattr(args, name) for name in DEFAULTS), args.weights)))
+        *(getattr(args, name) for name in DEFAULTS), args.amp, args.weights)))
     line = io.StringIO()
     csv.DictWriter(line, FIELDS, lineterminator="\n").writerow(row)
     with open(out / "slides.csv", "a", encoding="utf-8") as file:   # one write: others may append
-        file.write(line.getvalue() if file.tell() else ",".join(FIELDS) + "\n" + line.getvalue())
+        file.write(line.getvalue())
+    data.write_annotation(xml, outline.to_polygons(rings, lv.downsample), data.PREDICTED)
     return row
+
+
+def refuse_by_hand(xml):
+    """DataError where a person has drawn or corrected the annotation."""
+    if xml.exists() and not data.as_predicted(xml):
+        raise data.DataError(f"{xml}: drawn or corrected by hand; move it, or choose another --out")
 
 
 def files(path, out):
     """What a slide's prediction consists of."""
     return [Path(out, Path(path).stem + end) for end in ("_prob.tif", ".png", ".xml")]
-
-
-def as_predicted(xml):
-    """Whether an annotation is just as predict.py wrote it."""
-    with open(xml, errors="replace") as file:
-        return PREDICTED in file.readline()
 
 
 def outlines(probability, mpp, args):
@@ -320,8 +321,8 @@ def finished(path, out, args):
             rows = [row for row in csv.DictReader(file) if row["slide"] == Path(path).stem]
     if not rows:
         return None
-    now = {"bytes": Path(path).stat().st_size, "weights": args.weights} | {
-        name: getattr(args, name) for name in DEFAULTS}
+    now = {name: getattr(args, name) for name in (*DEFAULTS, "amp", "weights")}
+    now |= {"bytes": Path(path).stat().st_size, "level": working_level(data.Slide(path), args)[0]}
     return ", ".join(f"{name} {rows[-1][name]}, not {value}" for name, value in now.items()
                      if rows[-1][name] != str(value))
 
@@ -353,8 +354,11 @@ def main(argv=None):
     model, args, _ = load(given.ckpt, given)
     out = Path(given.out or Path(given.ckpt).parent / "predictions")
     # slides/*.tif also finds what an earlier call has put beside the slides.
-    args.slides = [path for path in args.slides if not Path(path).stem.endswith("_prob")]
-    twice = [stem for stem, n in Counter(Path(path).stem for path in args.slides).items() if n > 1]
+    args.slides = [path for path in map(Path, args.slides)
+                   if not path.stem.endswith(data.NO_SLIDES)]
+    if not args.slides:
+        raise data.DataError(f"{given.slides[0]}: masks or predictions alone; give the slides")
+    twice = [stem for stem, n in Counter(path.stem for path in args.slides).items() if n > 1]
     if twice:
         raise data.DataError(f"{twice[0]}: two slides of that name; give each an --out of its own")
     failed = 0
@@ -362,14 +366,17 @@ def main(argv=None):
         try:
             other = None if args.overwrite else finished(path, out, args)
             if other:
-                raise data.DataError(f"{path}: done with {other}; --overwrite to redo it")
+                raise data.DataError(f"{path}: done with {other}; --overwrite to redo it, or "
+                                     "another --out")
             if other == "":
                 print(f"{path}: done before; --overwrite to redo it", flush=True)
                 continue
             print(describe(predict_slide(model, path, out, args)), flush=True)
-        except (data.DataError, OSError) as error:
+        except Exception as error:      # whatever it is, the other slides shall finish
             failed, line = failed + 1, data.one_line(error)
-            print(f"error: {line if path in line else f'{path}: {line}'}", file=sys.stderr)
+            if not isinstance(error, (data.DataError, OSError)):
+                line = f"{type(error).__name__}: {line}"
+            print(f"error: {line if str(path) in line else f'{path}: {line}'}", file=sys.stderr)
     if failed:
         print(f"{failed} of {len(args.slides)} slides failed", file=sys.stderr)
         sys.exit(1)
