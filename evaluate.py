@@ -45,13 +45,16 @@ def batches(index, rows, args, what):
 
 
 def settle_batch_norm(model, index, rows, args):
-    """Estimate BN's statistics anew: plain means over batches of the shuffled tiles `rows`."""
+    """Estimate BN's statistics anew: plain means over whole batches of the tiles `rows`."""
+    # Filled up with the first ones again: else one tile alone would count like a batch of eight.
+    rows = np.random.default_rng(0).permutation(rows)
+    rows = np.resize(rows, -(-len(rows) // args.batch_size) * args.batch_size)
     norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum, usual = None, norm.momentum      # None: the mean of all batches
     model.train()
-    for images, _, _, _ in batches(index, np.random.default_rng(0).permutation(rows), args, "BN"):
+    for images, _, _, _ in batches(index, rows, args, "BN"):
         predict.probabilities(model, images, args)
     for norm in norms:
         norm.momentum = usual
@@ -165,6 +168,13 @@ def whole_slides(model, index, which, out, args):
                           for name in ("dsc", "iou")} | {"list": slides}}
 
 
+def strips(level, *annotations):
+    """The masks of a whole level, strip by strip: [(h, W) bool for each annotation]."""
+    for y in range(0, level.height, predict.SIDE):
+        box = 0, y, level.width, min(predict.SIDE, level.height - y), level.downsample
+        yield [annotation.mask(*box) == 1 for annotation in annotations]
+
+
 def compare(truth, found, level, min_area):
     """An Annotation and the Rings found -> TP, FP, FN; [(diameter in px, hit)] of lesions; false.
 
@@ -172,17 +182,12 @@ def compare(truth, found, level, min_area):
     missed. A lesion is a patch of touching pixels, outlined or found, of `min_area` px or more; it
     is hit where at least one pixel is of both, and false where none is.
     """
-    def strips(*annotations):
-        for y in range(0, level.height, predict.SIDE):
-            box = 0, y, level.width, min(predict.SIDE, level.height - y), level.downsample
-            yield [annotation.mask(*box) == 1 for annotation in annotations]
-
     answer = data.Annotation(outline.to_polygons(found, level.downsample))
     count = np.sum([[(t & f).sum(), (~t & f).sum(), (t & ~f).sum()]
-                    for t, f in strips(truth, answer)], 0)
-    true = outline.trace((t for t, in strips(truth)), min_area)
+                    for t, f in strips(level, truth, answer)], 0)
+    true = outline.trace((t for t, in strips(level, truth)), min_area)
     truth = data.Annotation(outline.to_polygons(true, level.downsample))
-    both = outline.trace(t & f for t, f in strips(truth, answer))
+    both = outline.trace(t & f for t, f in strips(level, truth, answer))
     pixels = np.array([ring.xy[0] for ring in both if not ring.is_hole]).reshape(-1, 2)
     hit, right = (set(outline.lesion_at(rings, pixels).tolist()) for rings in (true, found))
     lesions = [(diameter, n in hit) for n, diameter in enumerate(outline.diameters(true))

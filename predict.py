@@ -51,7 +51,7 @@ def load_checkpoint(path):
     """last.pt -> dict, on the CPU. Raises DataError for a file that is not a checkpoint."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["model"], checkpoint["args"]["width"], checkpoint["fingerprint"]
+        checkpoint["model"], checkpoint["args"]["method"], checkpoint["fingerprint"]
     except Exception as error:          # torch raises many types on files that are not its own
         raise data.DataError(f"{path}: not a checkpoint of train.py ({type(error).__name__}: "
                              f"{(str(error).splitlines() or [''])[0]})") from error
@@ -63,8 +63,17 @@ def load_weights(model, checkpoint, path):
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
-        raise data.DataError(f"{path}: its weights are of another network than its --width "
-                             f"{checkpoint['args']['width']} says; train again") from error
+        raise data.DataError(f"{path}: its weights are of another network than its --method "
+                             f"{checkpoint['args']['method']} and --width "
+                             f"{checkpoint['args']['width']} say; train again") from error
+
+
+def network(args):
+    """The network of --method, with random weights."""
+    if args.method in ("multitask", "mil"):
+        import baselines                    # here, so that predict.py can be copied without it
+        return baselines.MultiTask() if args.method == "multitask" else baselines.MIL()
+    return Network(args.width)
 
 
 def load(path, given):
@@ -74,7 +83,7 @@ def load(path, given):
         name: value for name, value in vars(given).items() if value is not None})
     args.device = usable(args.device)
     args.weights = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-    model = Network(args.width).to(args.device)
+    model = network(args).to(args.device)
     load_weights(model, checkpoint, path)
     return model, args, checkpoint["fingerprint"]
 

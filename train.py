@@ -24,12 +24,12 @@ import PIL
 import tifffile
 import torch
 
+import baselines
 import data
 import evaluate
 import loss
 import predict
 from data import number
-from model import Network
 
 # Deviation: the paper gives no tile size, resolution or epochs; here 512 px at 0.5 um/px and 50
 # epochs, 5 of them pre-training, because comparable work has 224-512 px, 20x and 20-100 epochs.
@@ -66,6 +66,10 @@ def parse(argv=None):
     add("--mpp", type=positive, help=f"um/px, the nearest level is read {either('mpp')}")
     add("--level", type=count, help="level to read where a file does not tell its um/px")
     add = parser.add_argument_group("method").add_argument
+    add("--method", choices=("ours", "multitask", "mil", "transfer"), default="ours", help="the "
+        "paper's (default), or one that it compares with; losses, alpha, beta and width are ours")
+    add("--pretrained", metavar="FILE_OR_URL", help="torchvision's ImageNet weights of a resnet18, "
+        "for multitask and mil (default: random weights)")
     add("--seg-loss", **losses, help="loss of step 1 (default dwce)")
     add("--cls-loss", **losses, help="loss of step 2 (default dwce)")
     add("--alpha", type=number(float, 0), default=1.0, help="weight of step 2's loss, Eq. 3; Adam "
@@ -78,7 +82,8 @@ def parse(argv=None):
     add("--epochs", type=number(int, 1), help=f"passes over the tiles {either('epochs')}")
     add("--pretrain-epochs", type=count, help=f"of step 1 alone {either('pretrain_epochs')}")
     add("--batch-size", type=number(int, 1), default=8, help="tiles, in each step (default 8)")
-    add("--lr", type=positive, help=f"Adam's, falling linearly to 0 {either('lr')}")
+    add("--lr", type=positive, help=f"Adam's, falling linearly to 0 {either('lr')}; "
+        "5 times that for mil")
     add("--seed", type=number(int, 0, 2 ** 63), default=0, help="of split, labels, weights and "
         "order (default 0)")
     add = parser.add_argument_group("machine").add_argument
@@ -96,16 +101,21 @@ def parse(argv=None):
         old = checkpoint["args"] | {"out": os.path.dirname(args.resume) or "."}
         parser.set_defaults(**old)
         args = parser.parse_args(argv)
-        for name in old.keys() - MAY_CHANGE:
+        fixed = old.keys() - MAY_CHANGE | ({"epochs"} if old["method"] == "transfer" else set())
+        for name in fixed:
             if getattr(args, name) != old[name]:
                 parser.error(f"--{name.replace('_', '-')} is {old[name]} for {args.resume}; leave "
                              "it out, or start a new run")
     for name, value in (PAPER if args.data else DEMO).items():
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            setattr(args, name, value * (5 if (name, args.method) == ("lr", "mil") else 1))
     if args.workers is None:
         args.workers = 0 if args.device.type == "cpu" else min(8, os.cpu_count())
     args.out = args.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
+    if args.method != "ours" and not args.image_frac:
+        parser.error(f"--method {args.method} needs image labels: --image-frac above 0")
+    if args.pretrained and args.method not in ("multitask", "mil"):
+        parser.error(f"--pretrained is a resnet18, which --method {args.method} does not have")
     if args.image_frac and args.pretrain_epochs >= args.epochs:
         parser.error(f"--pretrain-epochs {args.pretrain_epochs} of {args.epochs} leave none for "
                      "step 2; fewer of them, or more --epochs")
@@ -121,6 +131,44 @@ def make_loss(name, beta, frequency):
             "fw": functools.partial(loss.fw, weights=loss.fw_weights(frequency))}[name]
 
 
+def ours(args, model, tiles):
+    """The paper's two steps: functions of a batch -> loss, logits."""
+    pixel, image = tiles[tiles["pixel"]], tiles[tiles["image"]]
+    tumour = float(pixel["tumour"].mean())
+    cancer = float(image["label"].mean()) if len(image) else 0.5
+    seg_loss = make_loss(args.seg_loss, args.beta, (1 - tumour, tumour))
+    cls_loss = make_loss(args.cls_loss, args.beta, (1 - cancer, cancer))
+
+    def step1(images, masks, labels, rows):
+        # Pixel labels -> encoder, PSP, decoder. The class branch has no gradient.
+        logits = model.decode(model.encode(images))                     # (B, 2, H, W)
+        return seg_loss(logits, masks), logits
+
+    def step2(images, masks, labels, rows):
+        # Image labels -> encoder, class branch. PSP and decoder have no gradient.
+        maps = model.encode(images)
+        scores = model.classify(maps)                                   # (B, 2)
+        loss_cls = args.alpha * cls_loss(scores, labels)
+        if args.normal_masks:
+            # Deviation: the paper's step 2 leaves the decoder alone; here, on demand, it learns
+            # that normal tiles have empty masks, because that costs no annotation. Balanced:
+            # these pixels together weigh as much as the tumour pixels of step 1.
+            empty = torch.where(labels == data.NORMAL, 0, -1)[:, None, None].expand(masks.shape)
+            loss_cls = loss_cls + tumour * seg_loss(model.decode(maps), empty)
+        return loss_cls, scores
+
+    return step1, step2
+
+
+def schedule(args, image_labels):
+    """Epochs as (step 1?, step 2?, first and last epoch of the fall of the learning rate)."""
+    pretrain, epochs = args.pretrain_epochs, args.epochs
+    if args.method == "transfer":       # as many steps of both kinds as ours, one after the other
+        first = epochs - pretrain
+        return [(False, True, 0, first)] * first + [(True, False, first, first + epochs)] * epochs
+    return [(True, image_labels and epoch >= pretrain, 0, epochs) for epoch in range(epochs)]
+
+
 def main(argv=None):
     args, checkpoint = parse(argv)
     start, device, out = time.time(), args.device, Path(args.out)
@@ -132,7 +180,9 @@ def main(argv=None):
     print(*data.describe(index), sep="\n", flush=True)
 
     torch.manual_seed(args.seed)
-    model = Network(args.width).to(device)
+    model = predict.network(args).to(device)
+    if args.pretrained and not checkpoint:
+        baselines.load_pretrained(model.trunk, args.pretrained)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     epochs_done = 0
     if checkpoint:
@@ -146,92 +196,73 @@ def main(argv=None):
 
     tiles, dataset = index.tiles, data.Tiles(index, args.seed)
     pixel, image = np.flatnonzero(tiles["pixel"]), np.flatnonzero(tiles["image"])
+    if args.method == "multitask":                                  # one list of both
+        pixel = image = np.union1d(pixel, image)
+    step1, step2 = {"multitask": baselines.multitask, "mil": baselines.mil}.get(
+        args.method, ours)(args, model, tiles)
     # Deviation: the paper does not say how long an epoch of two loaders is; here one pass over all
     # training tiles, at every fraction, so that S and S+C make the same number of step 1.
     iterations = math.ceil(len(pool) / args.batch_size)
-    step1, step2 = (torch.utils.data.DataLoader(
+    loader1, loader2 = (torch.utils.data.DataLoader(
         dataset, batch_sampler=data.Batches(rows, args.batch_size, iterations, (args.seed, stream)),
         num_workers=args.workers, persistent_workers=args.workers > 0,
         pin_memory=device.type == "cuda") for stream, rows in ((11, pixel), (12, image)))
-    tumour = float(tiles["tumour"][pixel].mean())
-    cancer = float(tiles["label"][image].mean()) if len(image) else 0.5
-    seg_loss = make_loss(args.seg_loss, args.beta, (1 - tumour, tumour))
-    cls_loss = make_loss(args.cls_loss, args.beta, (1 - cancer, cancer))
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.amp)
 
-    def finite(value, step, rows):
-        if not math.isfinite(value := value.item()):
+    def update(step, batch):
+        """Loss of a batch -> gradients -> Adam. Returns the loss, how much was right."""
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            total, logits = step(*(t.to(device, non_blocking=True) for t in batch))
+        if not math.isfinite(value := total.item()):
             names = [f"{index.sources[n].name} at ({x}, {y})"
-                     for n, x, y in tiles[rows.numpy()][["slide", "x", "y"]].tolist()]
-            raise data.DataError(f"loss of step {step} is {value} in epoch {epoch + 1}; lower --lr "
-                                 f"or look at these tiles: {', '.join(names)}")
-        return value
+                     for n, x, y in tiles[batch[3].numpy()][["slide", "x", "y"]].tolist()]
+            raise data.DataError(f"loss of {step.__name__} is {value} in epoch {epoch + 1}; lower "
+                                 f"--lr or look at these tiles: {', '.join(names)}")
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        return value, logits.argmax(1).cpu()
 
     out.mkdir(parents=True, exist_ok=True)
     data.write_tiles(index, out / "tiles.csv")
     log = (out / "log.jsonl").read_text().splitlines()[:epochs_done] if checkpoint else []
-    for epoch in range(epochs_done, args.epochs):
+    epochs = schedule(args, len(image) > 0)
+    for epoch in range(epochs_done, len(epochs)):
         model.train()
-        alternate = len(image) > 0 and epoch >= args.pretrain_epochs
-        step1.batch_sampler.epoch = step2.batch_sampler.epoch = epoch
+        segment, classify, first, last = epochs[epoch]
+        loader1.batch_sampler.epoch = loader2.batch_sampler.epoch = epoch
         sums, began = Counter(), time.time()
-        batches = data.progress(zip(step1, step2 if alternate else itertools.repeat(None)),
-                                f"epoch {epoch + 1}/{args.epochs}", iterations)
+        batches = data.progress(zip(loader1 if segment else itertools.repeat(None),
+                                    loader2 if classify else itertools.repeat(None)),
+                                f"epoch {epoch + 1}/{len(epochs)}", iterations)
         for n, (batch1, batch2) in enumerate(batches, epoch * iterations):
             # Deviation: the paper gives one learning rate; here it falls linearly to 0, because
             # BN's running statistics lag behind weights that move (README, "What we found").
-            optimizer.param_groups[0]["lr"] = args.lr * (1 - n / (args.epochs * iterations))
+            optimizer.param_groups[0]["lr"] = args.lr * (
+                1 - (n - first * iterations) / ((last - first) * iterations))
+            if segment:
+                loss_seg, found = update(step1, batch1)
+                sums["loss_seg"] += loss_seg
+                sums["both"] += (found * batch1[1]).sum().item()
+                sums["either"] += (found.sum() + batch1[1].sum()).item()
+            if classify:
+                loss_cls, found = update(step2, batch2)
+                sums["loss_cls"] += loss_cls
+                sums["right"] += (found == batch2[2]).sum().item()
 
-            # Step 1: pixel labels -> encoder, PSP, decoder. The class branch has no gradient.
-            images, masks, _, rows = batch1
-            masks = masks.to(device, non_blocking=True)
-            with autocast():
-                logits = model.decode(model.encode(images.to(device, non_blocking=True)))
-            loss_seg = seg_loss(logits, masks)
-            sums["loss_seg"] += finite(loss_seg, 1, rows)
-            optimizer.zero_grad()
-            loss_seg.backward()
-            optimizer.step()
-            found = logits.argmax(1)
-            sums["both"] += (found * masks).sum().item()
-            sums["either"] += (found.sum() + masks.sum()).item()
-            if not alternate:
-                continue
-
-            # Step 2: image labels -> encoder, class branch. PSP and decoder have no gradient.
-            images, masks, labels, rows = batch2
-            labels = labels.to(device, non_blocking=True)
-            with autocast():
-                maps = model.encode(images.to(device, non_blocking=True))
-                scores = model.classify(maps)
-                logits = model.decode(maps) if args.normal_masks else None
-            loss_cls = cls_loss(scores, labels)
-            loss_2 = args.alpha * loss_cls
-            if args.normal_masks:
-                # Deviation: the paper's step 2 leaves the decoder alone; here, on demand, it learns
-                # that normal tiles have empty masks, because that costs no annotation. Balanced:
-                # these pixels together weigh as much as the tumour pixels of step 1.
-                empty = torch.where(labels == data.NORMAL, 0, -1)[:, None, None]
-                loss_2 = loss_2 + tumour * seg_loss(logits, empty.expand(masks.shape))
-            finite(loss_2, 2, rows)
-            sums["loss_cls"] += loss_cls.item()
-            optimizer.zero_grad()
-            loss_2.backward()
-            optimizer.step()
-            sums["right"] += (scores.argmax(1) == labels).sum().item()
-
-        if epoch + 1 == args.epochs:
+        if epoch + 1 == len(epochs):
             # Deviation: the paper leaves BN's statistics as they ran; here they are estimated anew
             # over the step-1 tiles, because running means of the last 20 small batches, half of
             # them from step 2, are far off (README, "What we found").
             evaluate.settle_batch_norm(model, index, pixel, args)
         seconds, seen = time.time() - began, iterations * args.batch_size
-        line = {"epoch": epoch + 1, "loss_seg": sums["loss_seg"] / iterations,
-                "train_dsc": 2 * sums["both"] / max(sums["either"], 1)}
-        if alternate:
+        line = {"epoch": epoch + 1}
+        if segment:
+            line["loss_seg"] = sums["loss_seg"] / iterations
+            line["train_dsc"] = 2 * sums["both"] / max(sums["either"], 1)
+        if classify:
             line["loss_cls"] = sums["loss_cls"] / iterations
             line["train_accuracy"] = sums["right"] / seen
-        line |= {"tiles_per_s": seen * (1 + alternate) / seconds, "seconds": seconds}
+        line |= {"tiles_per_s": seen * (segment + classify) / seconds, "seconds": seconds}
         line = {name: float(f"{value:.4g}") for name, value in line.items()}
         print(*(f"{name} {value:g} " for name, value in line.items()), flush=True)
         log.append(json.dumps(line))
@@ -245,7 +276,7 @@ def main(argv=None):
 
     test = np.flatnonzero(~tiles["train"])
     counts = evaluate.count_tiles(model, index, test, args)
-    results = evaluate.summarise(index, test, counts, classes=len(image) > 0) | {
+    results = evaluate.summarise(index, test, counts, classes=epochs[-1][1]) | {
         "arguments": vars(args) | {"device": str(device)}, "seconds": time.time() - start,
         "versions": {"python": platform.python_version()} | {
             module.__name__: module.__version__ for module in (torch, np, tifffile, PIL)}}

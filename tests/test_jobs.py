@@ -211,14 +211,14 @@ def test_a_tile_damaged_in_the_file_is_named_in_one_line(slides, tmp_path, worke
 def test_a_loss_that_is_not_finite_stops_and_names_the_tiles(slides, tmp_path, monkeypatch):
     monkeypatch.setattr(loss, "dwce", lambda logits, target, beta: logits.sum() * float("nan"))
     line = one_line_of(*call(train.main, "--data", slides, "--out", tmp_path / "r", *TINY))
-    assert "step 1 is nan" in line and "train/synthetic" in line and "at (" in line
+    assert "step1 is nan" in line and "train/synthetic" in line and "at (" in line
     monkeypatch.undo()                  # step 2's own loss is good here, its mask loss is not
     mask_loss = loss.dwce
     monkeypatch.setattr(loss, "dwce", lambda logits, target, beta: mask_loss(logits, target, beta)
                         * (float("inf") if target.ndim == 3 and (target < 0).any() else 1))
     line = one_line_of(*call(train.main, "--data", slides, "--out", tmp_path / "s", *TINY,
                              "--normal-masks"))
-    assert "step 2 is inf" in line
+    assert "step2 is inf" in line
 
 
 def test_slides_are_never_drawn_over_a_folder_that_exists(tmp_path):
@@ -235,12 +235,15 @@ def test_other_slides_are_scored_by_the_checkpoint_of_a_run(run, slides):
 
 
 def test_settled_batch_norm_is_the_mean_over_the_tiles_and_leaves_no_trace(run, slides):
-    """With running means, DSC after alternation was up to .39 lower than with these."""
+    """With running means, DSC after alternation was up to .39 lower than with these; with a last
+    batch of one tile, as heavy as one of eight, up to .15."""
     args = SimpleNamespace(**torch.load(run[0] / "last.pt", weights_only=True)["args"]
                            | {"device": torch.device("cpu"), "batch_size": 4})
     index, model = evaluate.load_index(args), Network(8)
-    rows = np.arange(12)
+    rows = np.arange(11)
     evaluate.settle_batch_norm(model, index, rows, args)
+    order = np.random.default_rng(0).permutation(rows)
+    rows = [*order, order[0]]                   # three batches of four
     tiles = torch.stack([data.Tiles(index)[row][0] for row in rows])
     means = model.convs[0][0](tiles.float() / 127.5 - 1).mean((0, 2, 3))
     torch.testing.assert_close(model.convs[0][1].running_mean, means.detach(), rtol=1e-4, atol=1e-5)
