@@ -119,13 +119,12 @@ def multitask(args, model, tiles):
     cancer = label[image].mean()
     # Class weights inverse to frequency, which leave the mean weight of a pixel 1.
     pixel_weights, image_weights = ((0.5 / (1 - f), 0.5 / f) for f in (share, cancer))
-    has_mask = torch.from_numpy(pixel)
+    has_mask = torch.from_numpy(pixel).to(args.device)
 
     def step(images, masks, labels, rows):
         logits, scores = model(images)
-        known = has_mask[rows.cpu()].to(masks.device)[:, None, None]
         # A tile with an image label alone gets a constant mask.
-        target = torch.where(known, masks.long(), labels[:, None, None])
+        target = torch.where(has_mask[rows][:, None, None], masks.long(), labels[:, None, None])
         total = loss.fw(logits, target, pixel_weights) + loss.fw(scores, labels, image_weights)
         return total, logits, scores
 

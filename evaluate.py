@@ -224,7 +224,7 @@ def main(argv=None):
                              f"{args.split}; other slides, or --split all")
     if not args.whole_slides:
         counts = count_tiles(model, index, rows, args)
-        print(headline(summarise(index, rows, counts, classes=args.image_frac > 0)))
+        print(headline(summarise(index, rows, counts, classes=predict.classifies(args))))
         return
     out = Path(args.ckpt).parent / "whole_slides"
     which = [n for n, source in enumerate(index.sources) if args.split in ("all", source.split)]

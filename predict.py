@@ -88,6 +88,11 @@ def load(path, given):
     return model, args, checkpoint["fingerprint"]
 
 
+def classifies(args):
+    """Whether training ended with a class branch that fits the encoder."""
+    return args.image_frac > 0 and args.method != "transfer"
+
+
 @torch.no_grad()
 def probabilities(model, images, args):
     """uint8 tiles (B, 3, T, T) -> probability of tumour (B, T, T), of cancer (B,); float32."""
@@ -240,9 +245,9 @@ def working_level(slide, args):
 def predict_slide(model, path, out, args):
     """Write NAME_prob.tif, .png, .xml and a line of slides.csv into `out` -> that line, a dict.
 
-    `args` has tile, mpp, level, image_frac of training; overlap, threshold, min_area, weights;
-    device, amp, batch_size, workers. DataError where the slide cannot be read, or where a person
-    has worked on NAME.xml.
+    `args` has tile, mpp, level, image_frac, method of training; overlap, threshold, min_area,
+    weights; device, amp, batch_size, workers. DataError where the slide cannot be read, or where a
+    person has worked on NAME.xml.
     """
     start, path, out = time.time(), Path(path), Path(out)
     probability, png, xml = files(path, out)
@@ -284,7 +289,7 @@ def predict_slide(model, path, out, args):
     row = dict(zip(FIELDS, (
         path.stem, path.stat().st_size, slide.levels[0].width, slide.levels[0].height, k,
         round(mpp, 4), len(places), round(time.time() - start, 2), round(area * mpp ** 2 / 1e6, 6),
-        round(score, 4) if args.image_frac else "", len(lesions),
+        round(score, 4) if classifies(args) else "", len(lesions),
         round(outline.diameters(lesions).max(initial=0) * mpp / 1e3, 4),
         *(getattr(args, name) for name in DEFAULTS), args.amp, args.weights)))
     line = io.StringIO()

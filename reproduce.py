@@ -300,10 +300,10 @@ def lesion_tiles(index):
     return list(dict.fromkeys(row for _, row in sorted(found)))
 
 
-def write_pictures(path, blocks, index, args):
-    """Blocks of rows of panels: tile | truth | the predictions of runs. `blocks` is
+def write_pictures(path, blocks, index):
+    """Rows of tile | truth | predictions; `blocks` has for every tile what is left, above, run:
 
-    [(row of index.tiles, [(what is on the left, [(what is above, checkpoint)])])].
+    [(row of index.tiles, [(name, [(name, checkpoint), ...]), ...]), ...].
     """
     side, pitch, left = index.tile, index.tile + 8, 110
     across = max(len(panels) for _, lines in blocks for _, panels in lines)
@@ -357,7 +357,7 @@ def write(name, args):
         first = runs_of([name], args.budget)[0]
         _, run, _ = predict.load(folder(args, first, 0) / "last.pt", SimpleNamespace(device="cpu"))
         index = evaluate.load_index(run)
-        write_pictures(f"{path}.png", blocks_of(name, args, index), index, args)
+        write_pictures(f"{path}.png", blocks_of(name, args, index), index)
         return [f"{path}.png"]
     table = tables(args.budget)[name]
     measured = measure(table, lambda flags: [result(args, flags, k) for k in range(args.seeds)])

@@ -163,7 +163,9 @@ def ours(args, model, tiles):
 def schedule(args, image_labels):
     """Epochs as (step 1?, step 2?, first and last epoch of the fall of the learning rate)."""
     pretrain, epochs = args.pretrain_epochs, args.epochs
-    if args.method == "transfer":       # as many steps of both kinds as ours, one after the other
+    # Deviation: the paper does not tell how [30], a classifier, was made to segment; here our
+    # network, first all of step 2, then all of step 1: what is missing then is the alternation.
+    if args.method == "transfer":
         first = epochs - pretrain
         return [(False, True, 0, first)] * first + [(True, False, first, first + epochs)] * epochs
     return [(True, image_labels and epoch >= pretrain, 0, epochs) for epoch in range(epochs)]
@@ -209,18 +211,19 @@ def main(argv=None):
         pin_memory=device.type == "cuda") for stream, rows in ((11, pixel), (12, image)))
 
     def update(step, batch):
-        """Loss of a batch -> gradients -> Adam. Returns the loss, how much was right."""
+        """Forward, backward, Adam -> the loss, predicted classes, and the batch on the device."""
+        rows, batch = batch[3].numpy(), [t.to(device, non_blocking=True) for t in batch]
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            total, logits = step(*(t.to(device, non_blocking=True) for t in batch))
+            total, logits = step(*batch)
         if not math.isfinite(value := total.item()):
             names = [f"{index.sources[n].name} at ({x}, {y})"
-                     for n, x, y in tiles[batch[3].numpy()][["slide", "x", "y"]].tolist()]
+                     for n, x, y in tiles[rows][["slide", "x", "y"]].tolist()]
             raise data.DataError(f"loss of {step.__name__} is {value} in epoch {epoch + 1}; lower "
                                  f"--lr or look at these tiles: {', '.join(names)}")
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-        return value, logits.argmax(1).cpu()
+        return value, logits.argmax(1), batch
 
     out.mkdir(parents=True, exist_ok=True)
     data.write_tiles(index, out / "tiles.csv")
@@ -240,14 +243,14 @@ def main(argv=None):
             optimizer.param_groups[0]["lr"] = args.lr * (
                 1 - (n - first * iterations) / ((last - first) * iterations))
             if segment:
-                loss_seg, found = update(step1, batch1)
+                loss_seg, found, (_, masks, _, _) = update(step1, batch1)
                 sums["loss_seg"] += loss_seg
-                sums["both"] += (found * batch1[1]).sum().item()
-                sums["either"] += (found.sum() + batch1[1].sum()).item()
+                sums["both"] += (found * masks).sum().item()
+                sums["either"] += (found.sum() + masks.sum()).item()
             if classify:
-                loss_cls, found = update(step2, batch2)
+                loss_cls, found, (_, _, labels, _) = update(step2, batch2)
                 sums["loss_cls"] += loss_cls
-                sums["right"] += (found == batch2[2]).sum().item()
+                sums["right"] += (found == labels).sum().item()
 
         if epoch + 1 == len(epochs):
             # Deviation: the paper leaves BN's statistics as they ran; here they are estimated anew
@@ -276,7 +279,7 @@ def main(argv=None):
 
     test = np.flatnonzero(~tiles["train"])
     counts = evaluate.count_tiles(model, index, test, args)
-    results = evaluate.summarise(index, test, counts, classes=epochs[-1][1]) | {
+    results = evaluate.summarise(index, test, counts, classes=predict.classifies(args)) | {
         "arguments": vars(args) | {"device": str(device)}, "seconds": time.time() - start,
         "versions": {"python": platform.python_version()} | {
             module.__name__: module.__version__ for module in (torch, np, tifffile, PIL)}}

@@ -1,5 +1,6 @@
 """The three compared methods: what makes each one that method, and that it learns."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from model import Network
 
 @pytest.mark.parametrize("method, epochs", [("multitask", 6), ("mil", 6), ("transfer", 10)])
 def test_each_method_learns(slides, tmp_path, method, epochs):
-    """Better than the answer that needs no eyes, and its checkpoint gives the same figures again."""
+    """Better than the answer that needs no eyes; its checkpoint gives the same figures again."""
     lr = [] if method == "transfer" else ["--lr", 1e-3]
     out = ok(train.main, "--data", slides, "--out", tmp_path / "r", *TINY, "--epochs", epochs,
              "--pixel-frac", 1, "--method", method, *lr)
@@ -39,7 +40,8 @@ def test_a_method_makes_as_many_steps_as_ours(slides, tmp_path, method):
         state = torch.load(tmp_path / name / "last.pt", weights_only=True)["optimizer"]["state"]
         steps[name] = int(state[0]["step"])                     # of the first convolution
     assert steps[method] == steps["ours"] and steps["ours"] % 5 == 0
-    assert (tmp_path / "ours/tiles.csv").read_text() == (tmp_path / method / "tiles.csv").read_text()
+    ours, theirs = ((tmp_path / name / "tiles.csv").read_text() for name in ("ours", method))
+    assert ours == theirs
 
 
 def test_the_trunk_takes_torchvisions_weights(tmp_path):
@@ -101,7 +103,7 @@ def test_multitask_takes_a_constant_mask_where_there_is_only_an_image_label():
     tiles["pixel"], tiles["image"] = [True, True, False, False], [False, False, True, True]
     torch.manual_seed(0)
     model = baselines.MultiTask().eval()
-    step1, step2 = baselines.multitask(None, model, tiles)
+    step1, step2 = baselines.multitask(SimpleNamespace(device="cpu"), model, tiles)
     images, masks = torch.randint(0, 256, (4, 3, 64, 64)), torch.zeros(4, 64, 64, dtype=torch.uint8)
     masks[0, :, :32] = 1
     masks[2, :5] = 1                            # known to nobody: tile 2 has an image label alone
@@ -165,7 +167,7 @@ def test_transfer_keeps_the_encoder_and_begins_with_a_new_decoder(slides, tmp_pa
 
     monkeypatch.setattr(torch, "save", keep)
     out = ok(train.main, *argv)
-    assert len(saved) == 3                      # one epoch of A, as ours has one of step 2; two of B
+    assert len(saved) == 3                      # A: one epoch, as ours has one of step 2; B: two
     lines = [json.loads(line) for line in (tmp_path / "r/log.jsonl").read_text().splitlines()]
     assert ["loss_cls" in line for line in lines] == [True, False, False]
     assert ["loss_seg" in line for line in lines] == [False, True, True] and "left out" in out

@@ -17,8 +17,7 @@ import evaluate
 import outline
 import predict
 import synthetic
-import train
-from jobs import TINY, call, ok, one_line_of
+from jobs import call, ok, one_line_of
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The sweep: what it runs, that a killed one goes on, and the arithmetic of its tables."""
 import csv
-import json
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,8 +132,8 @@ def test_a_sweep_that_is_killed_goes_on_and_gives_the_same_files(slides, tmp_pat
 
 def test_a_run_that_fails_is_named_and_the_others_are_done(slides, tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "runs_of", lambda *args: [{"width": 7}, {"width": 8}])
-    status, out, err = call(reproduce.main, "table1", "--data", slides, "--out", tmp_path, *TINY[:4],
-                            *TINY[6:])
+    argv = ["--data", slides, "--out", tmp_path, *TINY[:4], *TINY[6:]]
+    status, out, err = call(reproduce.main, "table1", *argv)
     assert status == 2 and "1 of 2 runs failed" in err
     assert "1/2 error" in out and "multiple of 4" in out and "2/2 " in out
     assert not (tmp_path / "table1.md").exists()
