@@ -101,9 +101,11 @@ def tables(budget):
                 Line("S, masks by slide", metric, *at(FRACTIONS, S | {"label-unit": "slide"})),
                 Line("S+C, masks by slide", metric, *at(FRACTIONS, {"label-unit": "slide"}))]
 
-    def methods(metric, values):
-        return [Line(name, metric, *at(COMPARED, {"method": method} if method != "ours" else {},
-                                       values[method])) for name, method in METHODS.items()]
+    def methods(metric, s, values):
+        s = [s[FRACTIONS.index(f)] for f in COMPARED]
+        return [Line("S, of Table 4 or 5", metric, *at(COMPARED, S, s))] + [
+            Line(name, metric, *at(COMPARED, {"method": method} if method != "ours" else {},
+                                   values[method])) for name, method in METHODS.items()]
 
     betas, alphas, base = [1, 2, 3, 4, 5, 6], [0.1, 0.2, 0.5, 0.8, 1.0], {"pixel-frac": 0.1}
     n = [0, 0.1, 0.25, 0.5] if budget == "quick" else [0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5]
@@ -118,8 +120,10 @@ def tables(budget):
                        [base | {"cls-loss": c, "seg-loss": s} for c, s in LOSS_PAIRS.values()]),
         "table4": Table("DSC at pixel labels on", percent(FRACTIONS), groups("dsc", S_DSC, SC_DSC)),
         "table5": Table("IoU at pixel labels on", percent(FRACTIONS), groups("iou", S_IOU, SC_IOU)),
-        "table6": Table("DSC at pixel labels on", percent(COMPARED), methods("dsc", METHOD_DSC)),
-        "table7": Table("IoU at pixel labels on", percent(COMPARED), methods("iou", METHOD_IOU)),
+        "table6": Table("DSC at pixel labels on", percent(COMPARED),
+                        methods("dsc", S_DSC, METHOD_DSC)),
+        "table7": Table("IoU at pixel labels on", percent(COMPARED),
+                        methods("iou", S_IOU, METHOD_IOU)),
         "fig6": Table("accuracy at N", [f"{100 * i:g} %" for i in n], [
             Line("S+C", "accuracy", [None] * len(n),
                  [{"pixel-frac": round(1 - 2 * i, 4), "image-frac": i} if i else None for i in n]),
@@ -217,6 +221,8 @@ def gaps(lines):
     {name: [value or None per column]}, S first -> the same without S. None where there is no gap
     worth the name, below .02.
     """
+    if not lines:
+        return {}
     (_, s), *others = lines.items()
 
     def share(x, low):
@@ -226,7 +232,7 @@ def gaps(lines):
 
 
 def write_table(path, table, measured, caption):
-    """`path`.md and .csv: the paper's row above ours; for Tables 4 and 5 the gap that is closed."""
+    """`path`.md and .csv: the paper's row above ours; in Tables 4 to 7 the gap that is closed."""
     means = {name: [statistics.mean(v) if v else None for v in values]
              for name, values in measured.items()}
     rows = []
@@ -234,13 +240,12 @@ def write_table(path, table, measured, caption):
         if any(value is not None for value in line.paper):
             rows.append([f"{line.name}, paper", *line.paper])
         rows.append([f"{line.name}, here", *map(mean_sd, measured[line.name])])
-    if path.name in ("table4", "table5"):
-        paper = {line.name: line.paper for line in table.lines[:2]}
-        rows += [[f"{name} closes, paper", *shares] for name, shares in gaps(paper).items()]
-        rows += [[f"{name} closes, here", *shares] for name, shares in gaps(
-            {k: v for k, v in means.items() if "slide" not in k}).items()]
-        rows += [[f"{name} closes, here", *shares] for name, shares in gaps(
-            {k: v for k, v in means.items() if "slide" in k}).items()]
+    if table.lines[0].name.startswith("S"):
+        paper = {line.name: line.paper for line in table.lines if line.paper[0] is not None}
+        tile = {name: values for name, values in means.items() if "slide" not in name}
+        slide = {name: values for name, values in means.items() if "slide" in name}
+        for whose, lines in (("paper", paper), ("here", tile), ("here", slide)):
+            rows += [[f"{name} closes, {whose}", *shares] for name, shares in gaps(lines).items()]
     rows = [[cell if isinstance(cell, str) else "" if cell is None
              else f"{cell:.0%}" if "closes" in row[0] else f"{cell:.4g}" for cell in row]
             for row in rows]
@@ -345,7 +350,7 @@ def blocks_of(name, args, index):
         return [(str(column), folder(args, flags, 0) / "last.pt")
                 for column, flags in zip(table.columns, line.runs)]
 
-    lines = table.lines[:1] if name == "fig5" else table.lines
+    lines = table.lines[:1] if name == "fig5" else table.lines[1:]      # without S
     return [(row, [("" if name == "fig5" else line.name, panels(line)) for line in lines])
             for row in chosen]
 

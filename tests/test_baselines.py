@@ -165,8 +165,16 @@ def test_transfer_keeps_the_encoder_and_begins_with_a_new_decoder(slides, tmp_pa
         saved.append({k: v.clone() for k, v in checkpoint["model"].items()})
         save(checkpoint, file)
 
+    def decode(self, maps):                     # is first called in phase B
+        if not encoders:
+            encoders.append({k: v.clone() for k, v in self.named_parameters()})
+        return real(self, maps)
+
+    encoders, real = [], Network.decode
+    monkeypatch.setattr(Network, "decode", decode)
     monkeypatch.setattr(torch, "save", keep)
     out = ok(train.main, *argv)
+    assert all(torch.equal(encoders[0][name], saved[0][name]) for name in encoders[0])
     assert len(saved) == 3                      # A: one epoch, as ours has one of step 2; B: two
     lines = [json.loads(line) for line in (tmp_path / "r/log.jsonl").read_text().splitlines()]
     assert ["loss_cls" in line for line in lines] == [True, False, False]

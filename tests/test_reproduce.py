@@ -58,6 +58,7 @@ def test_the_papers_figures_agree_with_each_other():
                     assert abs(d / (2 - d) - i) < 0.002, (a.name, column, d, i)
     six, four = tables["table6"].lines[-1], tables["table4"].lines[1]
     assert set(six.paper) <= set(four.paper) and six.runs[0] == four.runs[0]
+    assert tables["table6"].lines[0].paper == [.596, .641, .648, .728, .803, .853, .868]
 
 
 def test_means_deviations_and_gaps_of_made_up_results(tmp_path):
@@ -112,7 +113,7 @@ def test_a_sweep_that_is_killed_goes_on_and_gives_the_same_files(slides, tmp_pat
     argv = ["table6", "fig5", "fig7", "--data", slides, *map(str, tiny)]
     ok(reproduce.main, *argv, "--out", tmp_path / "whole")
     count = len(started)
-    assert count == 2 + 4                       # two methods, four more loss pairs
+    assert count == 3 + 4                       # S, two methods, four more loss pairs
     kill.append(count + 3)
     with pytest.raises(KeyboardInterrupt):
         call(reproduce.main, *argv, "--out", tmp_path / "killed")
