@@ -51,11 +51,12 @@ class Trunk(nn.Module):
         self.layer1 = nn.Sequential(Block(64, 64, 1), Block(64, 64, 1))
         self.layer2 = nn.Sequential(Block(64, 128, 2), Block(128, 128, 1))
         self.layer3 = nn.Sequential(Block(128, 256, 2), Block(256, 256, 1))
+        for name, values in zip(("mean", "deviation"), IMAGENET):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, tiles):
-        mean, deviation = (torch.tensor(v, device=tiles.device)[:, None, None] for v in IMAGENET)
-        x = (tiles.float() / 255 - mean) / deviation                    # (B, 3, H, W)
+        x = (tiles.float() / 255 - self.mean) / self.deviation          # (B, 3, H, W)
         x = F.relu(self.bn1(self.conv1(x)))                             # (B, 64, H/2, W/2)
         x = self.layer1(F.max_pool2d(x, 3, 2, 1))                       # (B, 64, H/4, W/4)
         return self.layer3(self.layer2(x))                              # (B, 256, H/16, W/16)
@@ -106,7 +107,7 @@ def load_pretrained(trunk, source):
                                if not name.startswith(("layer4.", "fc."))})
     except Exception as error:          # of network, pickle, names, shapes: many types
         raise data.DataError(f"--pretrained {source}: not torchvision's resnet18 weights, or no "
-                             f"network to get them ({str(error).splitlines()[0]}); download the "
+                             f"network to get them ({str(error).split(chr(10))[0]}); download the "
                              "file and give its path") from error
 
 

@@ -29,6 +29,7 @@ import data
 import evaluate
 import outline
 import predict
+import train
 
 BASE = {"quick": {"tile": 128, "mpp": 1.0, "width": 16, "lr": 1e-3, "epochs": 3,
                   "pretrain-epochs": 1}, "full": {}}
@@ -111,7 +112,7 @@ def tables(budget):
     n = [0, 0.1, 0.25, 0.5] if budget == "quick" else [0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5]
     return {
         "table1": both("at beta", betas, [.8431, .8437, .8479, .8450, .8423, .8419],
-                       [.7288, .7296, .7360, .7314, .7276, .7269],
+                       [.7288, .7296, .7360, .7316, .7276, .7269],
                        [base | {"beta": b} for b in betas]),
         "table2": both("at alpha", alphas, [.8445, .8473, .8469, .8471, .8479],
                        [.7309, .7351, .7344, .7347, .7360], [base | {"alpha": a} for a in alphas]),
@@ -178,7 +179,7 @@ def result(args, flags, seed):
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def train(args, flags, seed):
+def carry_out(args, flags, seed):
     """Run train.py unless it is done -> what to print."""
     out, known = folder(args, flags, seed), result(args, flags, seed)
     if known is None:
@@ -188,7 +189,8 @@ def train(args, flags, seed):
             code = subprocess.run([sys.executable, script, *command(args, flags, seed)],
                                   stdout=log, stderr=log).returncode
         if code:
-            return f"error: {out}: {(out / 'train.log').read_text().strip().splitlines()[-1]}"
+            said = (out / "train.log").read_text().strip().split("\n")[-1]
+            return f"error: {out}: exit status {code}: {said}"
         known = result(args, flags, seed)
     return f"{out.name}: {evaluate.headline(known)}, {known['seconds']:.0f} s"
 
@@ -208,7 +210,7 @@ def measure(table, results):
 
 
 def mean_sd(values):
-    """[] -> "", [.5] -> ".500", [.5, .6] -> ".550 +- .071": the sample's deviation."""
+    """[] -> "", [.5] -> "0.500", [.5, .6] -> "0.550 +- 0.071": the sample's deviation."""
     if not values:
         return ""
     text = f"{statistics.mean(values):.3f}"
@@ -240,19 +242,19 @@ def write_table(path, table, measured, caption):
         if any(value is not None for value in line.paper):
             rows.append([f"{line.name}, paper", *line.paper])
         rows.append([f"{line.name}, here", *map(mean_sd, measured[line.name])])
-    if table.lines[0].name.startswith("S"):
+    if table.lines[0].runs[0] == S | {"pixel-frac": 0}:
         paper = {line.name: line.paper for line in table.lines if line.paper[0] is not None}
         tile = {name: values for name, values in means.items() if "slide" not in name}
         slide = {name: values for name, values in means.items() if "slide" in name}
         for whose, lines in (("paper", paper), ("here", tile), ("here", slide)):
             rows += [[f"{name} closes, {whose}", *shares] for name, shares in gaps(lines).items()]
     rows = [[cell if isinstance(cell, str) else "" if cell is None
-             else f"{cell:.0%}" if "closes" in row[0] else f"{cell:.4g}" for cell in row]
-            for row in rows]
+             else f"{cell:.0%}" if "closes" in row[0] else f"{cell:.4f}".removesuffix("0")
+             for cell in row] for row in rows]
     head = [table.title, *map(str, table.columns)]
-    lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
+    text = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
     with data.atomic(f"{path}.md", "w") as file:
-        file.write("\n".join([*lines, "", caption, ""]))
+        file.write("\n".join([*text, "", caption, ""]))
     with data.atomic(f"{path}.csv", "w") as file:
         out = csv.writer(file, lineterminator="\n")
         out.writerow(["row", "column", "metric", "paper", "mean", "sd", "n", "values"])
@@ -274,9 +276,10 @@ def plot(path, table, measured):
     from matplotlib import pyplot
     pyplot.figure(figsize=(6, 4))
     for name, values in measured.items():
-        points = [(x, statistics.mean(v)) for x, v in zip(table.columns, values) if v]
+        points = [(float(column.split()[0]), statistics.mean(v))
+                  for column, v in zip(table.columns, values) if v]
         pyplot.plot(*zip(*points), marker="o", label=name)
-    pyplot.xlabel("N"), pyplot.ylabel("accuracy"), pyplot.legend()
+    pyplot.xlabel("N, %"), pyplot.ylabel("accuracy"), pyplot.legend()
     pyplot.savefig(path, dpi=120)
     pyplot.close()
 
@@ -284,31 +287,31 @@ def plot(path, table, measured):
 def lesion_tiles(index):
     """Test tiles with lesions, by the lesion's area, smallest first: [row of index.tiles].
 
-    A lesion is shown by the tile that has most of it.
+    A lesion is shown by the tile that has most of it, or of its border where it fills tiles.
     """
-    found = []
+    found = {}
     for n, (source, slide) in enumerate(zip(index.sources, index.slides)):
         rows = np.flatnonzero(index.tiles["slide"] == n)
         if source.split != "test" or not source.xml or not len(rows):
             continue
-        level = slide.levels[index.tiles["level"][rows[0]]]
+        level, side = slide.levels[index.tiles["level"][rows[0]]], index.tile
+        xy = np.stack([index.tiles[axis][rows] // level.downsample for axis in "xy"], 1)
         for ring in outline.trace(t for t, in evaluate.strips(level, index.annotations[n])):
-            if ring.is_hole:
-                continue
             lesion = data.Annotation(outline.to_polygons([ring._replace(parent=-1)],
                                                          level.downsample))
-            at = [(index.tiles[axis][rows] // level.downsample).tolist() for axis in "xy"]
-            shown = [lesion.mask(x, y, index.tile, index.tile, level.downsample).sum()
-                     for x, y in zip(*at)]
-            if max(shown) > 0:
-                found.append((ring.area, int(rows[int(np.argmax(shown))])))
-    return list(dict.fromkeys(row for _, row in sorted(found)))
+            near = ((xy < ring.xy.max(0)) & (xy + side > ring.xy.min(0))).all(1)
+            shown = [(lesion.mask(x, y, side, side, level.downsample).sum(), row)
+                     for (x, y), row in zip(xy[near].tolist(), rows[near].tolist())]
+            if shown and not ring.is_hole:
+                _, row = max((min(m, side * side - m), row) for m, row in shown)
+                found[row] = max(ring.area, found.get(row, 0))
+    return sorted(found, key=found.get)
 
 
 def write_pictures(path, blocks, index):
-    """Rows of tile | truth | predictions; `blocks` has for every tile what is left, above, run:
+    """Lines of tile | truth | predictions. `blocks` has a tile's row of index.tiles, and its lines:
 
-    [(row of index.tiles, [(name, [(name, checkpoint), ...]), ...]), ...].
+    [(row, [(name of the line, [(name of the panel, checkpoint), ...]), ...]), ...]
     """
     side, pitch, left = index.tile, index.tile + 8, 110
     across = max(len(panels) for _, lines in blocks for _, panels in lines)
@@ -342,7 +345,7 @@ def blocks_of(name, args, index):
     """What `write_pictures` shows for fig5, fig7, fig8, of seed 0."""
     table = tables(args.budget)[PICTURES[name]]
     rows = lesion_tiles(index)
-    small, large = rows[:len(rows) // 2], rows[-3:]
+    small, large = rows[:(len(rows) + 1) // 2], rows[-3:]
     chosen = {"fig5": rows[len(rows) // 8::max(1, len(rows) // 4)][:4],         # of all sizes
               "fig7": small[::max(1, len(small) // 3)][:3], "fig8": large}[name]
 
@@ -378,7 +381,8 @@ def write(name, args):
 def main(argv=None):
     names = [*tables("quick"), *PICTURES]
     parser = argparse.ArgumentParser(description=__doc__, usage="reproduce.py NAME... [flags]",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"{', '.join(names)}, or all")
     add("--budget", choices=tuple(BASE), default="quick", help="quick is for 2 CPU cores; full has "
@@ -396,12 +400,18 @@ def main(argv=None):
     chosen = names if "all" in args.names or not args.names else list(dict.fromkeys(args.names))
     seeds = range(args.seeds)
     jobs = [(args, flags, seed) for seed in seeds for flags in runs_of(chosen, args.budget)]
+    own = {name for flags in runs_of(names, "full") for name in flags} | {"seed", "out", "resume"}
+    if clash := own & {flag[2:].split("=")[0] for flag in args.rest}:
+        parser.error(f"--{sorted(clash)[0]} is what the runs differ in; leave it out")
+    fresh = [job for job in jobs if not (folder(*job) / "last.pt").exists()]
+    if fresh:
+        train.parse(command(*fresh[0]))                 # flags that are wrong are wrong for all
     done = [known["seconds"] for job in jobs if (known := result(*job))]
     each = (statistics.median(done) if done else SECONDS[args.budget]) / args.jobs
     if args.list:
-        for name in [*chosen, *["all"] * (len(chosen) > 1)]:
+        for name in [*chosen, *["together"] * (len(chosen) > 1)]:
             runs = [(args, flags, seed) for seed in seeds
-                    for flags in runs_of(chosen if name == "all" else [name], args.budget)]
+                    for flags in runs_of([name] if name in names else chosen, args.budget)]
             missing = sum(result(*run) is None for run in runs)
             print(f"{name}: {len(runs)} runs, {missing} missing, about {missing * each / 60:.0f} "
                   f"minutes ({'median of those done' if done else 'a guess, none is done yet'})")
@@ -410,16 +420,18 @@ def main(argv=None):
     failed = 0
     pool = ThreadPoolExecutor(args.jobs)
     try:
-        for n, line in enumerate(pool.map(lambda job: train(*job), jobs), 1):
+        for n, line in enumerate(pool.map(lambda job: carry_out(*job), jobs), 1):
             failed += line.startswith("error: ")
             print(f"{n}/{len(jobs)} {line}", flush=True)
     finally:
         pool.shutdown(cancel_futures=True)      # after Ctrl-C no further run starts
-    if failed:
-        raise data.DataError(f"{failed} of {len(jobs)} runs failed; mend what is said above and "
-                             "give the same command: what is done is not done again")
     for name in chosen:
-        print(*write(name, args), sep="\n", flush=True)
+        if all(result(args, flags, k) for flags in runs_of([name], args.budget) for k in seeds):
+            print(*write(name, args), sep="\n", flush=True)
+    if failed:
+        raise data.DataError(f"{failed} of {len(jobs)} runs failed, and what shows them was not "
+                             "written; mend what is said above and give the same command: what is "
+                             "done is not done again")
 
 
 if __name__ == "__main__":

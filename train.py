@@ -83,7 +83,7 @@ def parse(argv=None):
     add("--pretrain-epochs", type=count, help=f"of step 1 alone {either('pretrain_epochs')}")
     add("--batch-size", type=number(int, 1), default=8, help="tiles, in each step (default 8)")
     add("--lr", type=positive, help=f"Adam's, falling linearly to 0 {either('lr')}; "
-        "5 times that for mil")
+        "for mil 5 times the default")
     add("--seed", type=number(int, 0, 2 ** 63), default=0, help="of split, labels, weights and "
         "order (default 0)")
     add = parser.add_argument_group("machine").add_argument
@@ -114,6 +114,8 @@ def parse(argv=None):
     args.out = args.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
     if args.method != "ours" and not args.image_frac:
         parser.error(f"--method {args.method} needs image labels: --image-frac above 0")
+    if args.normal_masks and args.method != "ours":
+        parser.error(f"--normal-masks is for our method, not for {args.method}")
     if args.pretrained and args.method not in ("multitask", "mil"):
         parser.error(f"--pretrained is a resnet18, which --method {args.method} does not have")
     if args.image_frac and args.pretrain_epochs >= args.epochs:
