@@ -16,7 +16,7 @@ from jobs import TINY, call, ok, one_line_of
 from model import Network
 
 
-@pytest.mark.parametrize("method, epochs", [("multitask", 6), ("mil", 6), ("transfer", 10)])
+@pytest.mark.parametrize("method, epochs", [("multitask", 6), ("mil", 4), ("transfer", 6)])
 def test_each_method_learns(slides, tmp_path, method, epochs):
     """Better than the answer that needs no eyes; its checkpoint gives the same figures again."""
     lr = [] if method == "transfer" else ["--lr", 1e-3]
@@ -30,18 +30,15 @@ def test_each_method_learns(slides, tmp_path, method, epochs):
     assert ok(evaluate.main, "--ckpt", tmp_path / "r/last.pt").strip() in out
 
 
-@pytest.mark.parametrize("method", ["multitask", "mil", "transfer"])
-def test_a_method_makes_as_many_steps_as_ours(slides, tmp_path, method):
+def test_every_method_makes_as_many_steps_as_ours(slides, tmp_path):
     """Same tiles in the same number of batches: only then do the tables compare methods."""
-    steps = {}
-    for name in ("ours", method):
-        ok(train.main, "--data", slides, "--out", tmp_path / name, *TINY, "--epochs", 3, "--method",
-           name, "--pixel-frac", 0.2)
+    steps, tiles = {}, {}
+    for name in ("ours", "multitask", "mil", "transfer"):
+        ok(train.main, "--data", slides, "--out", tmp_path / name, *TINY, "--method", name)
         state = torch.load(tmp_path / name / "last.pt", weights_only=True)["optimizer"]["state"]
         steps[name] = int(state[0]["step"])                     # of the first convolution
-    assert steps[method] == steps["ours"] and steps["ours"] % 5 == 0
-    ours, theirs = ((tmp_path / name / "tiles.csv").read_text() for name in ("ours", method))
-    assert ours == theirs
+        tiles[name] = (tmp_path / name / "tiles.csv").read_text()
+    assert len(set(steps.values())) == len(set(tiles.values())) == 1
 
 
 def test_the_trunk_takes_torchvisions_weights(tmp_path):
@@ -199,6 +196,7 @@ def test_a_method_resumes_and_predicts_whole_slides(slides, tmp_path):
     ok(train.main, "--resume", tmp_path / "r/last.pt", "--epochs", 3)
     assert "lesions" in ok(predict.main, "--ckpt", tmp_path / "r/last.pt", "--device", "cpu",
                            sorted(slides.glob("test/*.tif"))[0])
-    ok(train.main, "--data", slides, "--out", tmp_path / "t", *TINY, "--method", "transfer")
-    line = one_line_of(*call(train.main, "--resume", tmp_path / "t/last.pt", "--epochs", 3))
+    checkpoint["args"]["method"] = "transfer"
+    torch.save(checkpoint, tmp_path / "t.pt")
+    line = one_line_of(*call(train.main, "--resume", tmp_path / "t.pt", "--epochs", 3))
     assert "--epochs is 2" in line
