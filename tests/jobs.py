@@ -26,7 +26,8 @@ def ok(main, *argv):
 
 
 def one_line_of(status, out, err):
-    """Of the error; argparse puts its one line of usage before it."""
-    lines = [line for line in err.splitlines() if not line.startswith(("usage: ", "warning: "))]
+    """Of the error; argparse puts its one line of usage before it, torch what it downloads."""
+    lines = [line for line in err.splitlines()
+             if not line.startswith(("usage: ", "warning: ", "Downloading: "))]
     assert status == 2 and len(lines) == 1, err
     return lines[0]

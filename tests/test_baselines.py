@@ -72,7 +72,8 @@ def test_the_trunk_takes_torchvisions_weights(tmp_path):
     assert trunk(torch.zeros(2, 3, 64, 96)).shape == (2, 256, 4, 6)
 
 
-def test_weights_that_are_none_get_a_line(slides, tmp_path):
+def test_weights_that_are_none_get_a_line(slides, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     for source in (tmp_path / "no.pth", tmp_path / "other.pth", "https://localhost:9/resnet18.pth"):
         line = one_line_of(*call(train.main, "--data", slides, *TINY, "--method", "mil", "--out",
