@@ -180,8 +180,8 @@ class Slide:
                 fail(f"{page.samplesperpixel} samples of {page.bitspersample} bits, not RGB")
             if page.photometric not in (2, 6):
                 fail(f"colour is {page.photometric}, not RGB or YCbCr")
-            offsets = np.asarray(page.dataoffsets, np.int64)
-            counts = np.asarray(page.databytecounts, np.int64)
+            offsets, counts = (np.fromiter(numbers, np.int64, len(numbers))
+                               for numbers in (page.dataoffsets, page.databytecounts))
             if not len(offsets) == len(counts) >= -(-width // tile_w) * -(-height // tile_h):
                 fail(f"only {len(offsets)} tiles listed", "download it again")
             beyond = (offsets + counts > end) & (counts > 0)            # absent tiles lie nowhere
@@ -222,26 +222,20 @@ class Slide:
         """Region (x, y, w, h), in px of `level` -> (h, w, 3) uint8 RGB, white beyond the edge."""
         lv = self.levels[level]
         across = -(-lv.width // lv.tile_w)
-        region = np.full((h, w, 3), 255, np.uint8)
-        x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, lv.width), min(y + h, lv.height)
-        if x0 >= x1 or y0 >= y1:
-            return region
+        x1, y1 = min(x + w, lv.width), min(y + h, lv.height)
+        region = Image.new("RGB", (w, h), "white")
         with open(self.path, "rb", buffering=0) as file:    # 10 us, and safe in any process
-            for row in range(y0 // lv.tile_h, (y1 - 1) // lv.tile_h + 1):
-                for col in range(x0 // lv.tile_w, (x1 - 1) // lv.tile_w + 1):
-                    tile = self._tile(file, lv, row * across + col)
-                    if tile is None:
-                        continue
-                    tx, ty = col * lv.tile_w, row * lv.tile_h
-                    a, b = max(tx, x0), min(tx + lv.tile_w, x1)
-                    c, d = max(ty, y0), min(ty + lv.tile_h, y1)
-                    region[c - y:d - y, a - x:b - x] = tile[c - ty:d - ty, a - tx:b - tx]
+            for row in range(max(y, 0) // lv.tile_h, -(-y1 // lv.tile_h)):
+                for col in range(max(x, 0) // lv.tile_w, -(-x1 // lv.tile_w)):
+                    if lv.counts[row * across + col]:
+                        region.paste(self._tile(file, lv, row * across + col),
+                                     (col * lv.tile_w - x, row * lv.tile_h - y))
+        region = np.array(region)
+        region[max(y1 - y, 0):] = region[:, max(x1 - x, 0):] = 255      # tiles reach over the edge
         return region
 
     def _tile(self, file, lv, n):
-        """Tile `n` of a level as (tile_h, tile_w, 3) uint8, None where absent."""
-        if lv.counts[n] == 0:
-            return None
+        """Tile `n` of a level, which is not absent, as an RGB picture."""
         file.seek(lv.offsets[n])
         data = file.read(lv.counts[n])
         try:
@@ -250,7 +244,8 @@ class Slide:
                 raise OSError(f"a {image.mode} picture of {image.size}")
             # libjpeg guesses YCbCr for Aperio's RGB tiles without an APP14 marker: the tag knows.
             image.tile = [image.tile[0]._replace(args=("RGB", lv.space))]
-            return np.asarray(image)
+            image.load()
+            return image
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"{self.path}: tile {n} at 1/{lv.downsample} is damaged ({error}); "
                             "compare the file with the data set's checksums.md5") from error

@@ -1,9 +1,10 @@
 """The network: which step moves what, sizes, and the errors for sizes that cannot be."""
 import pytest
 import torch
+import torch.nn.functional as F
 
 from loss import ce
-from model import ESP, PSP, Network
+from model import BINS, ESP, PSP, Network, fuse
 
 SEGMENT, CLASSIFY = ("psps", "ups", "fuses", "head"), ("classifier",)
 
@@ -50,6 +51,26 @@ def test_psp_takes_any_size_and_one_tile(height, width):
     x = torch.randn(1, 8, height, width)
     assert psp(x).shape == (1, 16, height, width)
     assert torch.equal(psp(x)[:, :8], x)
+
+
+@pytest.mark.parametrize("height, width", [(16, 16), (3, 40), (1, 7)])
+def test_psp_and_fuse_equal_torchs_pooling_upsampling_and_concatenation(height, width):
+    torch.manual_seed(0)
+    model = Network(8)
+    psp, block = model.psps[0], model.fuses[0]
+    x, skip = (torch.randn(2, 8, height, width, requires_grad=True) for _ in range(2))
+
+    def plain():
+        views = [F.interpolate(conv(F.adaptive_avg_pool2d(skip, bins)), (height, width),
+                               mode="bilinear") for bins, conv in zip(BINS, psp.convs)]
+        return torch.cat([skip, *views], 1)
+
+    torch.testing.assert_close(psp(skip), plain())
+    wanted, found = block(torch.cat([x, plain()], 1)), fuse(block, x, skip, psp)
+    torch.testing.assert_close(found, wanted)
+    inputs = [x, skip, block[0].weight, *psp.parameters()]
+    for a, b in zip(*(torch.autograd.grad((y * y).sum(), inputs) for y in (found, wanted))):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_esp_sees_five_pixels_away_and_no_further():
