@@ -25,10 +25,11 @@ SIZE_CLASSES = ("macro", 2.0), ("micro", 0.2), ("ITC", 0.0)
 
 
 def load_index(args):
-    """The tiles that train.py's `args` describe -> Index."""
+    """The tiles that train.py's `args` describe -> Index; known already where `args.out` has it."""
     sources = data.find_slides(args.data or synthetic.cached(), args.seed,
                                args.unlabelled_is_normal)
-    return data.index_tiles(sources, args.tile, args.mpp, args.level, args.cancer_share)
+    return data.index_tiles(sources, args.tile, args.mpp, args.level, args.cancer_share,
+                            Path(args.out, "index.npz"))
 
 
 def choose_labels(index, args):
@@ -136,7 +137,8 @@ def write_pictures(folder, model, index, rows, counts, args, each=4):
             panels = image.permute(1, 2, 0), mask[..., None] * 255, found[..., None] * 255
             for m, panel in enumerate(panels):
                 picture[n * pitch:n * pitch + side, m * pitch:m * pitch + side] = panel.numpy()
-        Image.fromarray(picture).save(folder / f"{name}.png")
+        with data.atomic(folder / f"{name}.png", "wb") as file:
+            Image.fromarray(picture).save(file, "PNG")
 
 
 def whole_slides(model, index, which, out, args):

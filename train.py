@@ -9,12 +9,15 @@ Sections 1.2 and 1.4, Figs. 2 and 4: pre-train with step 1 alone, then alternate
 last.pt (checkpoint), log.jsonl (a line per epoch), tiles.csv, results.json, pictures/.
 """
 import argparse
+import contextlib
 import functools
+import io
 import itertools
 import json
 import math
 import os
 import platform
+import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -173,6 +176,29 @@ def schedule(args, image_labels):
     return [(True, image_labels and epoch >= pretrain, 0, epochs) for epoch in range(epochs)]
 
 
+@contextlib.contextmanager
+def deferred():
+    """Ctrl-C and SIGTERM are noted in the list that this yields; a second Ctrl-C ends at once."""
+    asked = []
+
+    def note(number, _):
+        if number == signal.SIGINT in asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def deaf(_):
+    """Of a worker: Ctrl-C is for the process that it works for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def main(argv=None):
     args, checkpoint = parse(argv)
     start, device, out = time.time(), args.device, Path(args.out)
@@ -188,7 +214,7 @@ def main(argv=None):
     if args.pretrained and not checkpoint:
         baselines.load_pretrained(model.trunk, args.pretrained)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-    epochs_done = 0
+    epochs_done, sums = 0, Counter()
     if checkpoint:
         if checkpoint["fingerprint"] != fingerprint:
             raise data.DataError(f"{args.resume}: slides or annotations have changed since; put "
@@ -196,7 +222,8 @@ def main(argv=None):
         predict.load_weights(model, checkpoint, args.resume)
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
-        epochs_done = checkpoint["epoch"]
+        epochs_done, sums = checkpoint["epoch"], Counter(checkpoint["sums"])
+    rng = torch.get_rng_state()
 
     tiles, dataset = index.tiles, data.Tiles(index, args.seed)
     pixel, image = np.flatnonzero(tiles["pixel"]), np.flatnonzero(tiles["image"])
@@ -208,8 +235,8 @@ def main(argv=None):
     # training tiles, at every fraction, so that S and S+C make the same number of step 1.
     iterations = math.ceil(len(pool) / args.batch_size)
     loader1, loader2 = (torch.utils.data.DataLoader(
-        dataset, batch_sampler=data.Batches(rows, args.batch_size, iterations, (args.seed, stream)),
-        num_workers=args.workers, persistent_workers=args.workers > 0,
+        dataset, batch_sampler=data.Batches(rows, args.batch_size, (args.seed, stream)),
+        num_workers=args.workers, persistent_workers=args.workers > 0, worker_init_fn=deaf,
         pin_memory=device.type == "cuda") for stream, rows in ((11, pixel), (12, image)))
 
     def update(step, batch):
@@ -227,58 +254,73 @@ def main(argv=None):
         optimizer.step()
         return value, logits.argmax(1), batch
 
+    def save(epoch, sums):
+        """last.pt: `epoch` epochs are done, and of the next one what `sums` counts."""
+        buffer = io.BytesIO()           # torch takes a full disk for a fault of its own
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                    "epoch": epoch, "sums": dict(sums), "rng": rng, "fingerprint": fingerprint,
+                    "args": vars(args) | {"device": str(device)}}, buffer)
+        with data.atomic(out / "last.pt", "wb") as file:
+            file.write(buffer.getbuffer())
+
     out.mkdir(parents=True, exist_ok=True)
     data.write_tiles(index, out / "tiles.csv")
+    data.write_index(index, out / "index.npz")
     log = (out / "log.jsonl").read_text().splitlines()[:epochs_done] if checkpoint else []
     epochs = schedule(args, len(image) > 0)
-    for epoch in range(epochs_done, len(epochs)):
-        model.train()
-        segment, classify, first, last = epochs[epoch]
-        loader1.batch_sampler.epoch = loader2.batch_sampler.epoch = epoch
-        sums, began = Counter(), time.time()
-        batches = data.progress(zip(loader1 if segment else itertools.repeat(None),
-                                    loader2 if classify else itertools.repeat(None)),
-                                f"epoch {epoch + 1}/{len(epochs)}", iterations)
-        for n, (batch1, batch2) in enumerate(batches, epoch * iterations):
-            # Deviation: the paper gives one learning rate; here it falls linearly to 0, because
-            # BN's running statistics lag behind weights that move (README, "What we found").
-            optimizer.param_groups[0]["lr"] = args.lr * (
-                1 - (n - first * iterations) / ((last - first) * iterations))
+    with deferred() as interruptions:
+        for epoch in range(epochs_done, len(epochs)):
+            model.train()
+            segment, classify, first, last = epochs[epoch]
+            began, rng = time.time() - sums["seconds"], torch.get_rng_state()
+            numbers = range(epoch * iterations + sums["iterations"], (epoch + 1) * iterations)
+            loader1.batch_sampler.numbers = loader2.batch_sampler.numbers = numbers
+            batches = data.progress(zip(numbers, loader1 if segment else itertools.repeat(None),
+                                        loader2 if classify else itertools.repeat(None)),
+                                    f"epoch {epoch + 1}/{len(epochs)}", len(numbers))
+            for n, batch1, batch2 in batches:
+                # Deviation: the paper gives one learning rate; here it falls linearly to 0, because
+                # BN's running statistics lag behind weights that move (README, "What we found").
+                optimizer.param_groups[0]["lr"] = args.lr * (
+                    1 - (n - first * iterations) / ((last - first) * iterations))
+                if segment:
+                    loss_seg, found, (_, masks, _, _) = update(step1, batch1)
+                    sums["loss_seg"] += loss_seg
+                    sums["both"] += (found * masks).sum().item()
+                    sums["either"] += (found.sum() + masks.sum()).item()
+                if classify:
+                    loss_cls, found, (_, _, labels, _) = update(step2, batch2)
+                    sums["loss_cls"] += loss_cls
+                    sums["right"] += (found == labels).sum().item()
+                sums["iterations"] += 1
+                if interruptions:
+                    sums["seconds"] = time.time() - began
+                    save(epoch, sums)
+                    raise KeyboardInterrupt(f"saved in epoch {epoch + 1}; go on with: "
+                                            f"python train.py --resume {out / 'last.pt'}")
+
+            seconds, seen = time.time() - began, iterations * args.batch_size
+            line = {"epoch": epoch + 1}
             if segment:
-                loss_seg, found, (_, masks, _, _) = update(step1, batch1)
-                sums["loss_seg"] += loss_seg
-                sums["both"] += (found * masks).sum().item()
-                sums["either"] += (found.sum() + masks.sum()).item()
+                line["loss_seg"] = sums["loss_seg"] / iterations
+                line["train_dsc"] = 2 * sums["both"] / max(sums["either"], 1)
             if classify:
-                loss_cls, found, (_, _, labels, _) = update(step2, batch2)
-                sums["loss_cls"] += loss_cls
-                sums["right"] += (found == labels).sum().item()
+                line["loss_cls"] = sums["loss_cls"] / iterations
+                line["train_accuracy"] = sums["right"] / seen
+            line |= {"tiles_per_s": seen * (segment + classify) / seconds, "seconds": seconds}
+            line = {name: float(f"{value:.4g}") for name, value in line.items()}
+            print(*(f"{name} {value:g} " for name, value in line.items()), flush=True)
+            log.append(json.dumps(line))
+            with data.atomic(out / "log.jsonl", "w") as file:
+                file.write("\n".join(log) + "\n")
+            rng, sums = torch.get_rng_state(), Counter()
+            save(epoch + 1, sums)
 
-        if epoch + 1 == len(epochs):
-            # Deviation: the paper leaves BN's statistics as they ran; here they are estimated anew
-            # over the step-1 tiles, because running means of the last 20 small batches, half of
-            # them from step 2, are far off (README, "What we found").
-            evaluate.settle_batch_norm(model, index, pixel, args)
-        seconds, seen = time.time() - began, iterations * args.batch_size
-        line = {"epoch": epoch + 1}
-        if segment:
-            line["loss_seg"] = sums["loss_seg"] / iterations
-            line["train_dsc"] = 2 * sums["both"] / max(sums["either"], 1)
-        if classify:
-            line["loss_cls"] = sums["loss_cls"] / iterations
-            line["train_accuracy"] = sums["right"] / seen
-        line |= {"tiles_per_s": seen * (segment + classify) / seconds, "seconds": seconds}
-        line = {name: float(f"{value:.4g}") for name, value in line.items()}
-        print(*(f"{name} {value:g} " for name, value in line.items()), flush=True)
-        log.append(json.dumps(line))
-        with data.atomic(out / "log.jsonl", "w") as file:
-            file.write("\n".join(log) + "\n")
-        with data.atomic(out / "last.pt", "wb") as file:
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                        "epoch": epoch + 1, "rng": torch.get_rng_state(),
-                        "fingerprint": fingerprint,
-                        "args": vars(args) | {"device": str(device)}}, file)
-
+    # Deviation: the paper leaves BN's statistics as they ran; here they are estimated anew over the
+    # step-1 tiles, because running means of the last 20 small batches, half of them from step 2,
+    # are far off (README, "What we found").
+    evaluate.settle_batch_norm(model, index, pixel, args)
+    save(len(epochs), {})
     test = np.flatnonzero(~tiles["train"])
     counts = evaluate.count_tiles(model, index, test, args)
     results = evaluate.summarise(index, test, counts, classes=predict.classifies(args)) | {

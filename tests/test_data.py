@@ -269,12 +269,14 @@ def test_jpeg_2000_is_refused_by_its_name(written):
 
 def test_a_damaged_tile_is_named(written):
     path, _ = written
-    slide = data.Slide(path)
+    before = data.Slide(path)
     with open(path, "r+b") as file:
-        file.seek(slide.levels[0].offsets[0])
+        file.seek(before.levels[0].offsets[0])
         file.write(bytes(50))
     with pytest.raises(data.DataError, match="a.tif: tile 0"):
-        slide.read(0, 0, 0, 10, 10)
+        data.Slide(path).read(0, 0, 0, 10, 10)
+    with pytest.raises(data.DataError, match="a.tif: changed"):    # not what its index is of
+        before.read(0, 0, 0, 10, 10)
 
 
 def test_the_level_is_the_nearest_in_um_per_px_or_the_one_asked_for(written):
@@ -419,7 +421,7 @@ def test_flips_and_turns_move_image_and_mask_together(slides):
 def test_workers_give_the_same_tiles_as_none(slides, context):
     """A TiffFile opened before the fork gives wrong tiles; a dataset's own RNG, equal ones."""
     index = index_of(slides)
-    batches = data.Batches(np.arange(40), 8, 7, (0, 1))
+    batches = data.Batches(np.arange(40), 8, (0, 1), range(7))
     a, b = ([[t.clone() for t in batch] for batch in torch.utils.data.DataLoader(
         data.Tiles(index), batch_sampler=batches, num_workers=n,
         multiprocessing_context=context if n else None)] for n in (0, 2))
@@ -428,13 +430,13 @@ def test_workers_give_the_same_tiles_as_none(slides, context):
 
 def test_batches_pass_over_all_rows_again_and_again_and_never_start_anew():
     rows = np.arange(100, 107)
-    one = data.Batches(rows, 2, 14, (5,))
+    one = data.Batches(rows, 2, (5,), range(14))
     keys = [key for batch in one for key in batch]
     assert [position for position, _ in keys] == list(range(28))
     turns = [[row for _, row in keys[n:n + 7]] for n in range(0, 28, 7)]
     assert all(sorted(turn) == rows.tolist() for turn in turns) and turns[0] != turns[1]
-    half, halves = data.Batches(rows, 2, 7, (5,)), []
-    for half.epoch in (0, 1):
+    half, halves = data.Batches(rows, 2, (5,)), []
+    for half.numbers in (range(7), range(7, 14)):
         halves += list(half)
     assert halves == list(one)
 

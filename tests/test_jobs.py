@@ -3,6 +3,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,23 @@ import synthetic
 import train
 from jobs import EPOCHS, TINY, call, ok, one_line_of
 from model import Network
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def after(count, function, surprise):
+    """`function`, but before its call number `count`, `surprise` is called."""
+    calls = []
+
+    def wrapped(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == count:
+            surprise()
+        return function(*args, **kwargs)
+
+    return wrapped
 
 
 def test_the_whole_job_learns(run, slides):
@@ -38,9 +56,9 @@ def test_the_whole_job_learns(run, slides):
 def test_a_run_leaves_what_the_readme_says(run):
     folder, out = run
     assert {p.name for p in folder.iterdir()} == {
-        "last.pt", "log.jsonl", "tiles.csv", "results.json", "pictures"}
+        "last.pt", "log.jsonl", "tiles.csv", "index.npz", "results.json", "pictures"}
     checkpoint = torch.load(folder / "last.pt", weights_only=True)
-    assert set(checkpoint) == {"model", "optimizer", "epoch", "rng", "fingerprint", "args"}
+    assert set(checkpoint) == {"model", "optimizer", "epoch", "sums", "rng", "fingerprint", "args"}
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == list(range(1, EPOCHS + 1))
     assert "loss_cls" not in lines[0] and "loss_cls" in lines[1]    # pre-training, then both
@@ -102,22 +120,26 @@ def test_metrics_do_not_depend_on_batches_and_iou_follows_from_dsc(run, slides):
     assert counts[0][3, :3].tolist() == slow
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, slides, tmp_path):
+@pytest.mark.parametrize("how", ["in torch.save", "SIGINT", "SIGTERM"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, slides, tmp_path, how):
+    """Interrupted while the second checkpoint is made, or in the middle of the second epoch."""
     whole, half = tmp_path / "whole", tmp_path / "half"
     ok(train.main, "--data", slides, "--out", whole, *TINY, "--epochs", 3)
-    saves = []
-
-    def interrupted(*args):                     # in the second epoch, after the first checkpoint
-        saves.append(args)
-        if len(saves) == 2:
-            raise KeyboardInterrupt
-        return save(*args)
-
-    save = torch.save
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(torch, "save", interrupted)
-        ok(train.main, "--data", slides, "--out", half, *TINY, "--epochs", 3)
-    assert torch.load(half / "last.pt", weights_only=True)["epoch"] == 1
+    with pytest.MonkeyPatch.context() as patch:
+        if how == "in torch.save":
+            patch.setattr(torch, "save", after(2, torch.save, interrupt))
+        else:
+            tiles = len((whole / "tiles.csv").read_text().splitlines())
+            patch.setattr(data.Tiles, "__getitem__", after(
+                tiles, data.Tiles.__getitem__, lambda: signal.raise_signal(signal.Signals[how])))
+        status, _, err = call(train.main, "--data", slides, "--out", half, *TINY, "--epochs", 3)
+    assert status == 130 and err.startswith("interrupted; ") and len(err.splitlines()) == 1
+    checkpoint = torch.load(half / "last.pt", weights_only=True)
+    if how == "in torch.save":
+        assert checkpoint["epoch"] == 1 and not checkpoint["sums"]
+    else:
+        assert f"python train.py --resume {half / 'last.pt'}" in err
+        assert checkpoint["sums"]["iterations"] > 0
     ok(train.main, "--resume", half / "last.pt")
     a, b = (torch.load(f / "last.pt", weights_only=True) for f in (whole, half))
     assert a["epoch"] == b["epoch"] == 3 and torch.equal(a["rng"], b["rng"])
@@ -127,7 +149,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, slides, tmp_
     figures = [json.loads((f / "results.json").read_text()) for f in (whole, half)]
     assert figures[0]["counts"] == figures[1]["counts"]
     assert (whole / "tiles.csv").read_text() == (half / "tiles.csv").read_text()
-    assert len((half / "log.jsonl").read_text().splitlines()) == 3
+    logs = [[json.loads(line) for line in (f / "log.jsonl").read_text().splitlines()]
+            for f in (whole, half)]
+    for line, other in zip(*logs, strict=True):
+        assert all(other[k] == v for k, v in line.items() if k not in ("seconds", "tiles_per_s"))
 
 
 @pytest.mark.parametrize("flags", [

@@ -435,7 +435,7 @@ def test_pixels_and_lesions_of_whole_slides_are_counted(slides, tmp_path, monkey
                           [found[y:y + 256] * np.uint8(255) for y in (0, 256)], 384, 384, 10)
     monkeypatch.setattr(predict, "finished", lambda *args: "")
     monkeypatch.setattr(predict, "working_level", lambda *args: (1, 10.0))
-    index = data.Index([source], [data.Slide(source.path)], [truth], [(0, 0)], 64, None)
+    index = data.Index([source], [data.Slide(source.path)], [truth], [(0, 0)], 64, None, "")
     results = evaluate.whole_slides(None, index, [0], tmp_path, SimpleNamespace(**predict.DEFAULTS))
     true = truth.mask(0, 0, 384, 384, 2) == 1
     tp, fp, fn = (true & found).sum(), (found & ~true).sum(), (true & ~found).sum()
