@@ -14,6 +14,7 @@ import csv
 import hashlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -185,8 +186,10 @@ def carry_out(args, flags, seed):
         out.mkdir(parents=True, exist_ok=True)
         script = Path(__file__).resolve().parent / "train.py"
         with open(out / "train.log", "a") as log:
-            code = subprocess.run([sys.executable, script, *command(args, flags, seed)],
-                                  stdout=log, stderr=log).returncode
+            process = subprocess.Popen([sys.executable, script, *command(args, flags, seed)],
+                                       stdout=log, stderr=log)
+            args.running.append(process)
+            code = process.wait()
         if code:
             said = (out / "train.log").read_text().strip().split("\n")[-1]
             return f"error: {out}: exit status {code}: {said}"
@@ -416,12 +419,17 @@ def main(argv=None):
                   f"minutes ({'median of those done' if done else 'a guess, none is done yet'})")
         return
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.jobs)))
-    failed = 0
+    failed, args.running = 0, []
     pool = ThreadPoolExecutor(args.jobs)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for n, line in enumerate(pool.map(lambda job: carry_out(*job), jobs), 1):
             failed += line.startswith("error: ")
             print(f"{n}/{len(jobs)} {line}", flush=True)
+    except KeyboardInterrupt:
+        for process in args.running:            # they save and end; those that have do not mind
+            process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)      # after Ctrl-C no further run starts
     for name in chosen:

@@ -173,7 +173,8 @@ def test_transfer_keeps_the_encoder_and_begins_with_a_new_decoder(slides, tmp_pa
     monkeypatch.setattr(torch, "save", keep)
     out = ok(train.main, *argv)
     assert all(torch.equal(encoders[0][name], saved[0][name]) for name in encoders[0])
-    assert len(saved) == 3                      # A: one epoch, as ours has one of step 2; B: two
+    # A: one epoch, as ours has one of step 2; B: two; and BN's statistics.
+    assert len(saved) == 4
     lines = [json.loads(line) for line in (tmp_path / "r/log.jsonl").read_text().splitlines()]
     assert ["loss_cls" in line for line in lines] == [True, False, False]
     assert ["loss_seg" in line for line in lines] == [False, True, True] and "left out" in out

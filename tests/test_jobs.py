@@ -120,11 +120,18 @@ def test_metrics_do_not_depend_on_batches_and_iou_follows_from_dsc(run, slides):
     assert counts[0][3, :3].tolist() == slow
 
 
-@pytest.mark.parametrize("how", ["in torch.save", "SIGINT", "SIGTERM"])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, slides, tmp_path, how):
+@pytest.fixture(scope="module")
+def whole(slides, tmp_path_factory):
+    """Three epochs without an interruption -> folder."""
+    folder = tmp_path_factory.mktemp("whole") / "r"
+    ok(train.main, "--data", slides, "--out", folder, *TINY, "--epochs", 3)
+    return folder
+
+
+@pytest.mark.parametrize("how", ["in torch.save", "SIGINT"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(whole, slides, tmp_path, how):
     """Interrupted while the second checkpoint is made, or in the middle of the second epoch."""
-    whole, half = tmp_path / "whole", tmp_path / "half"
-    ok(train.main, "--data", slides, "--out", whole, *TINY, "--epochs", 3)
+    half = tmp_path / "half"
     with pytest.MonkeyPatch.context() as patch:
         if how == "in torch.save":
             patch.setattr(torch, "save", after(2, torch.save, interrupt))

@@ -278,8 +278,7 @@ def test_an_interrupted_run_leaves_nothing_half_written_and_goes_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(predict, where, stopped)
-    with pytest.raises(KeyboardInterrupt):
-        call(predict.main, *argv)
+    assert call(predict.main, *argv)[0] == 130
     monkeypatch.undo()
     left = {path.name for path in out.iterdir()}
     assert not any(name.endswith(".part") for name in left) and f"{first}.xml" in left
