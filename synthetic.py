@@ -108,22 +108,27 @@ def draw_slide(rng, side=2048, tumour=True):
 def write_slide(path, picture, polygons, mpp=MPP):
     """Write `path`.tif, a BigTIFF pyramid of YCbCr JPEG tiles (absent where white), and .xml."""
     path = Path(path)
-    with tifffile.TiffWriter(path.with_suffix(".tif"), bigtiff=True) as tif:
-        for level in range(LEVELS):
-            image = Image.fromarray(picture).reduce(2 ** level)
-            tables, tiles = jpeg_tiles(image)
+    images = (Image.fromarray(picture).reduce(2 ** level) for level in range(LEVELS))
+    write_pages(path.with_suffix(".tif"), ((im.width, im.height, *jpeg_tiles(im)) for im in images),
+                mpp)
+    if polygons:
+        write_annotation(path.with_suffix(".xml"), polygons)
+
+
+def write_pages(path, pages, mpp):
+    """Pages (width, height, JPEG tables, JPEG tiles), each half as large -> a BigTIFF pyramid."""
+    with tifffile.TiffWriter(path, bigtiff=True) as tif:
+        for level, (width, height, tables, tiles) in enumerate(pages):
             # tifffile writes no JPEG: give it the bytes as zlib's, then put the tags right.
-            tif.write(iter(tiles), shape=(image.height, image.width, 3), dtype=np.uint8,
+            tif.write(iter(tiles), shape=(height, width, 3), dtype=np.uint8,
                       tile=(TIFF_TILE, TIFF_TILE), photometric="rgb", compression="zlib",
                       subfiletype=int(level > 0), resolution=(1e4 / mpp / 2 ** level,) * 2,
                       resolutionunit="CENTIMETER", metadata=None,
                       extratags=[(347, 7, len(tables), tables, True)])
-    with tifffile.TiffFile(path.with_suffix(".tif"), mode="r+b") as tif:
+    with tifffile.TiffFile(path, mode="r+b") as tif:
         for k in range(len(tif.pages)):
             tif.pages[k].tags["Compression"].overwrite(7)
             tif.pages[k].tags["PhotometricInterpretation"].overwrite(6)
-    if polygons:
-        write_annotation(path.with_suffix(".xml"), polygons)
 
 
 def jpeg_tiles(image, quality=80):

@@ -10,6 +10,10 @@ import synthetic  # noqa: E402
 import train  # noqa: E402
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: not in the default run, see torture.py")
+
+
 @pytest.fixture(scope="session")
 def slides(tmp_path_factory):
     return synthetic.make(tmp_path_factory.mktemp("data") / "slides", train=8, test=3, side=768)

@@ -34,7 +34,8 @@ def write_xml(path, *rings):
     body = ""
     for group, kind, xy in rings:
         points = "".join(f'<Coordinate X="{x}" Y="{y}"/>' for x, y in xy)
-        body += f'<Annotation Name="a" Type="{kind}" PartOfGroup="{group}">{points}</Annotation>'
+        body += (f'<Annotation Name="a" Type="{kind}" PartOfGroup="{group}">'
+                 f"<Coordinates>{points}</Coordinates></Annotation>")
     path.write_text(f"<ASAP_Annotations>{body}</ASAP_Annotations>")
     return path
 
