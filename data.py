@@ -77,9 +77,8 @@ def run(main):
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
-        print("\r\033[K" * sys.stderr.isatty() + "interrupted; "
-              f"{str(stop) or 'what was written is complete, the same command goes on, or says how'}",
-              file=sys.stderr)
+        said = str(stop) or "what was written is complete; the same command goes on, or says how"
+        print("\r\033[K" * sys.stderr.isatty() + f"interrupted; {said}", file=sys.stderr)
         sys.exit(130)
 
 

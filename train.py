@@ -9,7 +9,6 @@ Sections 1.2 and 1.4, Figs. 2 and 4: pre-train with step 1 alone, then alternate
 last.pt (checkpoint), log.jsonl (a line per epoch), tiles.csv, results.json, pictures/.
 """
 import argparse
-import contextlib
 import functools
 import io
 import itertools
@@ -176,27 +175,55 @@ def schedule(args, image_labels):
     return [(True, image_labels and epoch >= pretrain, 0, epochs) for epoch in range(epochs)]
 
 
-@contextlib.contextmanager
-def deferred():
-    """Ctrl-C and SIGTERM are noted in the list that this yields; a second Ctrl-C ends at once."""
-    asked = []
+class Interrupted(KeyboardInterrupt):
+    """Between two iterations, so that what they have done can be saved."""
 
-    def note(number, _):
-        if number == signal.SIGINT in asked:
-            raise KeyboardInterrupt
-        asked.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
+class Interruptible:
+    """Ctrl-C and SIGTERM stop a loop over batches at once while it waits for one, else after the
+    iteration at hand; a second Ctrl-C stops it anywhere, as KeyboardInterrupt."""
+
+    def __enter__(self):
+        self.asked, self.waiting = set(), False
+        self.before = {number: signal.signal(number, self.ask)
+                       for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
             signal.signal(number, handler)
 
+    def ask(self, number, _):
+        if number == signal.SIGINT in self.asked:
+            raise KeyboardInterrupt
+        self.asked.add(number)
+        if self.waiting:
+            raise Interrupted
 
-def deaf(_):
-    """Of a worker: Ctrl-C is for the process that it works for."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    def batches(self, start):
+        """Yield from what `start()` returns."""
+        self.waiting, batches = True, None
+        while True:
+            if self.asked:
+                raise Interrupted
+            batches = batches or iter(start())
+            batch = next(batches, None)
+            self.waiting = False
+            if batch is None:
+                return
+            yield batch
+            self.waiting = True
+
+
+def start_workers(*loaders):
+    """Here, and deaf to Ctrl-C, which a terminal sends to all: their parent ends them."""
+    deaf = {signal.SIGINT} if hasattr(signal, "pthread_sigmask") else None      # not on Windows
+    if deaf:
+        signal.pthread_sigmask(signal.SIG_BLOCK, deaf)
+    for loader in loaders:
+        iter(loader)
+    if deaf:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, deaf)
 
 
 def main(argv=None):
@@ -223,7 +250,6 @@ def main(argv=None):
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
         epochs_done, sums = checkpoint["epoch"], Counter(checkpoint["sums"])
-    rng = torch.get_rng_state()
 
     tiles, dataset = index.tiles, data.Tiles(index, args.seed)
     pixel, image = np.flatnonzero(tiles["pixel"]), np.flatnonzero(tiles["image"])
@@ -236,7 +262,7 @@ def main(argv=None):
     iterations = math.ceil(len(pool) / args.batch_size)
     loader1, loader2 = (torch.utils.data.DataLoader(
         dataset, batch_sampler=data.Batches(rows, args.batch_size, (args.seed, stream)),
-        num_workers=args.workers, persistent_workers=args.workers > 0, worker_init_fn=deaf,
+        num_workers=args.workers, persistent_workers=args.workers > 0, generator=torch.Generator(),
         pin_memory=device.type == "cuda") for stream, rows in ((11, pixel), (12, image)))
 
     def update(step, batch):
@@ -258,8 +284,9 @@ def main(argv=None):
         """last.pt: `epoch` epochs are done, and of the next one what `sums` counts."""
         buffer = io.BytesIO()           # torch takes a full disk for a fault of its own
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                    "epoch": epoch, "sums": dict(sums), "rng": rng, "fingerprint": fingerprint,
-                    "args": vars(args) | {"device": str(device)}}, buffer)
+                    "epoch": epoch, "sums": dict(sums), "rng": torch.get_rng_state(),
+                    "fingerprint": fingerprint, "args": vars(args) | {"device": str(device)}},
+                   buffer)
         with data.atomic(out / "last.pt", "wb") as file:
             file.write(buffer.getbuffer())
 
@@ -268,36 +295,43 @@ def main(argv=None):
     data.write_index(index, out / "index.npz")
     log = (out / "log.jsonl").read_text().splitlines()[:epochs_done] if checkpoint else []
     epochs = schedule(args, len(image) > 0)
-    with deferred() as interruptions:
+    if args.workers:
+        start_workers(loader1, loader2)
+    with Interruptible() as interruptible:
         for epoch in range(epochs_done, len(epochs)):
             model.train()
             segment, classify, first, last = epochs[epoch]
-            began, rng = time.time() - sums["seconds"], torch.get_rng_state()
+            began = time.time() - sums["seconds"]
             numbers = range(epoch * iterations + sums["iterations"], (epoch + 1) * iterations)
             loader1.batch_sampler.numbers = loader2.batch_sampler.numbers = numbers
-            batches = data.progress(zip(numbers, loader1 if segment else itertools.repeat(None),
-                                        loader2 if classify else itertools.repeat(None)),
-                                    f"epoch {epoch + 1}/{len(epochs)}", len(numbers))
-            for n, batch1, batch2 in batches:
-                # Deviation: the paper gives one learning rate; here it falls linearly to 0, because
-                # BN's running statistics lag behind weights that move (README, "What we found").
-                optimizer.param_groups[0]["lr"] = args.lr * (
-                    1 - (n - first * iterations) / ((last - first) * iterations))
-                if segment:
-                    loss_seg, found, (_, masks, _, _) = update(step1, batch1)
-                    sums["loss_seg"] += loss_seg
-                    sums["both"] += (found * masks).sum().item()
-                    sums["either"] += (found.sum() + masks.sum()).item()
-                if classify:
-                    loss_cls, found, (_, _, labels, _) = update(step2, batch2)
-                    sums["loss_cls"] += loss_cls
-                    sums["right"] += (found == labels).sum().item()
-                sums["iterations"] += 1
-                if interruptions:
-                    sums["seconds"] = time.time() - began
-                    save(epoch, sums)
-                    raise KeyboardInterrupt(f"saved in epoch {epoch + 1}; go on with: "
-                                            f"python train.py --resume {out / 'last.pt'}")
+
+            def batches():
+                return data.progress(zip(numbers, loader1 if segment else itertools.repeat(None),
+                                         loader2 if classify else itertools.repeat(None)),
+                                     f"epoch {epoch + 1}/{len(epochs)}", len(numbers))
+
+            try:
+                for n, batch1, batch2 in interruptible.batches(batches):
+                    # Deviation: the paper gives one learning rate; here it falls linearly to 0,
+                    # because BN's running statistics lag behind weights that move (README, "What
+                    # we found").
+                    optimizer.param_groups[0]["lr"] = args.lr * (
+                        1 - (n - first * iterations) / ((last - first) * iterations))
+                    if segment:
+                        loss_seg, found, (_, masks, _, _) = update(step1, batch1)
+                        sums["loss_seg"] += loss_seg
+                        sums["both"] += (found * masks).sum().item()
+                        sums["either"] += (found.sum() + masks.sum()).item()
+                    if classify:
+                        loss_cls, found, (_, _, labels, _) = update(step2, batch2)
+                        sums["loss_cls"] += loss_cls
+                        sums["right"] += (found == labels).sum().item()
+                    sums["iterations"] += 1
+            except Interrupted:
+                sums["seconds"] = time.time() - began
+                save(epoch, sums)
+                raise KeyboardInterrupt(f"saved in epoch {epoch + 1}; go on with: python train.py "
+                                        f"--resume {out / 'last.pt'}") from None
 
             seconds, seen = time.time() - began, iterations * args.batch_size
             line = {"epoch": epoch + 1}
@@ -313,7 +347,7 @@ def main(argv=None):
             log.append(json.dumps(line))
             with data.atomic(out / "log.jsonl", "w") as file:
                 file.write("\n".join(log) + "\n")
-            rng, sums = torch.get_rng_state(), Counter()
+            sums = Counter()
             save(epoch + 1, sums)
 
     # Deviation: the paper leaves BN's statistics as they ran; here they are estimated anew over the
