@@ -19,6 +19,7 @@ import platform
 import signal
 import time
 from collections import Counter
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -216,9 +217,10 @@ class Interruptible:
 
 
 def start_workers(*loaders):
-    """Here, and deaf to Ctrl-C, which a terminal sends to all: their parent ends them."""
-    deaf = {signal.SIGINT} if hasattr(signal, "pthread_sigmask") else None      # not on Windows
+    """Here, and deaf to what a terminal or a scheduler sends to all: their parent ends them."""
+    deaf = {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "pthread_sigmask") else None      # not on Windows
     if deaf:
+        resource_tracker.ensure_running()       # when a worker is spawned, it would undo this:
         signal.pthread_sigmask(signal.SIG_BLOCK, deaf)
     for loader in loaders:
         iter(loader)
