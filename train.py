@@ -101,6 +101,8 @@ def parse(argv=None):
     args, checkpoint = parser.parse_args(argv), None
     if args.resume:
         checkpoint = predict.load_checkpoint(args.resume)
+        if missing := {"optimizer", "epoch", "sums", "rng"} - checkpoint.keys():
+            parser.error(f"{args.resume} has no {', '.join(sorted(missing))}; start a new run")
         old = checkpoint["args"] | {"out": os.path.dirname(args.resume) or "."}
         parser.set_defaults(**old)
         args = parser.parse_args(argv)
@@ -199,32 +201,33 @@ class Interruptible:
             raise KeyboardInterrupt
         self.asked.add(number)
         if self.waiting:
+            self.waiting = False
             raise Interrupted
 
     def batches(self, start):
         """Yield from what `start()` returns."""
-        self.waiting, batches = True, None
+        batches = None
         while True:
             if self.asked:
                 raise Interrupted
+            self.waiting = True
             batches = batches or iter(start())
             batch = next(batches, None)
             self.waiting = False
             if batch is None:
                 return
             yield batch
-            self.waiting = True
 
 
 def start_workers(*loaders):
     """Here, and deaf to what a terminal or a scheduler sends to all: their parent ends them."""
-    deaf = {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "pthread_sigmask") else None      # not on Windows
-    if deaf:
-        resource_tracker.ensure_running()       # when a worker is spawned, it would undo this:
+    posix, deaf = os.name == "posix", (signal.SIGINT, signal.SIGTERM)
+    if posix:
+        resource_tracker.ensure_running()       # with a worker that is spawned, it would undo this:
         signal.pthread_sigmask(signal.SIG_BLOCK, deaf)
     for loader in loaders:
         iter(loader)
-    if deaf:
+    if posix:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, deaf)
 
 

@@ -2,6 +2,8 @@
 import io
 import math
 import multiprocessing
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,13 @@ def test_exclusions_are_cleared_whatever_the_order_of_the_file(tmp_path, tumour,
                      ("None", "Polygon", SQUARE + 20))
     mask = data.read_annotation(path).mask(0, 0, 64, 64)
     assert mask.sum() == 20 * 20 - 10 * 10 and mask[12, 12] == 1 and mask[20, 20] == 0
+
+
+def test_annotations_in_each_other_are_read_in_no_time(tmp_path):
+    """Looking below every Annotation for its points took minutes for 100,000 of them."""
+    body = "<Annotation>" * 10 ** 5 + "</Annotation>" * 10 ** 5
+    (tmp_path / "a.xml").write_text(f"<ASAP_Annotations>{body}</ASAP_Annotations>")
+    assert data.read_annotation(tmp_path / "a.xml").polygons == []
 
 
 @pytest.mark.parametrize("text", [
@@ -262,6 +271,14 @@ def test_other_kinds_of_tiff_are_refused_with_what_they_are(tmp_path):
         data.Slide(tmp_path / "missing.tif")
 
 
+@pytest.mark.parametrize("tag", ["ImageWidth", "ImageLength", "TileWidth", "TileLength"])
+@pytest.mark.parametrize("size", [0, 10 ** 9])
+def test_sizes_that_cannot_be_are_refused_before_memory_is_taken(written, tag, size):
+    patch_pages(written[0], **{tag: size})
+    with pytest.raises(data.DataError, match="a.tif"):
+        data.Slide(written[0])
+
+
 def test_jpeg_2000_is_refused_by_its_name(written):
     patch_pages(written[0], Compression=33005)
     with pytest.raises(data.DataError, match="JP2000"):
@@ -312,6 +329,30 @@ def test_tiles_cover_the_grid_and_their_share_is_that_of_their_mask(slides):
         assert mask.float().mean() == pytest.approx(t["tumour"]) and label == t["label"]
         assert t["label"] == (1 if t["tumour"] > .05 else -1 if t["tumour"] > 0 else 0)
         assert t["x"] % 128 == t["y"] % 128 == 0 and t["level"] == 1
+
+
+def test_the_index_is_kept_while_all_it_depends_on_is_the_same(slides, tmp_path, monkeypatch):
+    cache, copy = tmp_path / "index.npz", tmp_path / "slides"
+    shutil.copytree(slides, copy)
+    index = index_of(copy)
+    data.write_index(index, cache)
+    monkeypatch.setattr(data, "tiles_of", None)             # no tile is looked for again
+    again = index_of(copy, cache=cache)
+    assert np.array_equal(index.tiles, again.tiles) and again.fingerprint() == index.fingerprint()
+    assert [tuple(lost) for lost in again.dropped] == index.dropped
+    for options in ({"tile": 128}, {"cancer_share": 0.1}):
+        with pytest.raises(TypeError, match="NoneType"):
+            index_of(copy, cache=cache, **options)
+    for path in (next(copy.rglob("*.xml")), next(copy.rglob("*.tif"))):
+        before = path.stat()
+        path.write_bytes(path.read_bytes())                 # the same, but who knows
+        with pytest.raises(TypeError, match="NoneType"):
+            index_of(copy, cache=cache)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    index_of(copy, cache=cache)
+    cache.write_bytes(cache.read_bytes()[:-30])
+    with pytest.raises(data.DataError, match="index.npz"):
+        index_of(copy, cache=cache)
 
 
 def test_no_slide_is_on_both_sides_and_patients_stay_together(tmp_path):
