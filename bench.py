@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import pickle
 import platform
-import resource
 import statistics
 import sys
 import tempfile
@@ -250,6 +249,11 @@ class Job:
         self.network(self.tiles)
 
 
+def resident():
+    """The most memory that this process has had, GiB. (ru_maxrss begins with its parent's.)"""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2 ** 20
+
+
 def peak(name, width, tile):
     """GiB that both steps take: of the GPU's memory, or of a new process beyond what it had."""
     if DEVICE.type == "cuda":
@@ -259,9 +263,9 @@ def peak(name, width, tile):
         Job(NETWORKS[name](width), tile).both()
         return (torch.cuda.max_memory_allocated() - before) / 2 ** 30
     Job(NETWORKS[name](4), 16).both()               # what torch itself takes
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident()
     Job(NETWORKS[name](width), tile).both()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2 ** 20
+    return resident() - before
 
 
 def network():
