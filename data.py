@@ -191,7 +191,7 @@ class Slide:
                 continue
             width, height = page.imagewidth, page.imagelength
             tile_w, tile_h = page.tilewidth, page.tilelength
-            if not 0 < min(tile_w, tile_h, width, height) or max(tile_w, tile_h) > MAX_TILE:
+            if not 0 < min(tile_w, tile_h, width, height):
                 fail(f"{width} x {height} px in tiles of {tile_w} x {tile_h}")
             down = 2 ** round(math.log2(width0 / width))
             if "DPUfsImport" in (pages[0].description or ""):
@@ -200,6 +200,8 @@ class Slide:
                 width, height = width0 // down, height0 // down
             elif max(abs(width * down - width0), abs(height * down - height0)) >= 2 * down:
                 continue                # a tiled label or macro
+            if max(tile_w, tile_h) > MAX_TILE:
+                fail(f"tiles of {tile_w} x {tile_h} px")
             if page.compression != 7:
                 fail(f"compression is {getattr(page.compression, 'name', page.compression)}")
             if (page.samplesperpixel, page.bitspersample, page.planarconfig) != (3, 8, 1):
@@ -511,7 +513,7 @@ class Index(NamedTuple):
     dropped: list               # and squares without tissue: (how many, of them with tumour)
     tile: int                   # side in pixels of the level
     tiles: np.ndarray           # (tiles,) TILE
-    key: str                    # changes when a slide, an annotation or an argument does
+    key: str                    # changes with slides, annotations, split, arguments, this file
 
     def fingerprint(self):
         """Changes when the size of a slide, an annotation, a tile or a label used does."""

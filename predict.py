@@ -79,7 +79,7 @@ def network(args):
 def load(path, given):
     """last.pt -> its model; arguments, those `given` or of its training where None; fingerprint."""
     checkpoint = load_checkpoint(path)
-    args = SimpleNamespace(**DEFAULTS | checkpoint["args"] | {
+    args = SimpleNamespace(**DEFAULTS | checkpoint["args"] | {"out": str(Path(path).parent)} | {
         name: value for name, value in vars(given).items() if value is not None})
     args.device = usable(args.device)
     args.weights = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]

@@ -427,11 +427,12 @@ def main(argv=None):
             failed += line.startswith("error: ")
             print(f"{n}/{len(jobs)} {line}", flush=True)
     except KeyboardInterrupt:
-        for process in args.running:            # they save and end; those that have do not mind
-            process.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)          # no further run starts
+        for process in args.running if os.name == "posix" else []:      # else it would kill them
+            process.terminate()                 # they save and end; those that have do not mind
         raise
     finally:
-        pool.shutdown(cancel_futures=True)      # after Ctrl-C no further run starts
+        pool.shutdown(cancel_futures=True)
     for name in chosen:
         if all(result(args, flags, k) for flags in runs_of([name], args.budget) for k in seeds):
             print(*write(name, args), sep="\n", flush=True)

@@ -6,9 +6,10 @@
     python train.py --resume runs/x/last.pt                 # go on where it stopped
 
 Sections 1.2 and 1.4, Figs. 2 and 4: pre-train with step 1 alone, then alternate. Writes to --out:
-last.pt (checkpoint), log.jsonl (a line per epoch), tiles.csv, results.json, pictures/.
+last.pt (checkpoint), log.jsonl (a line per epoch), tiles.csv, index.npz, results.json, pictures/.
 """
 import argparse
+import contextlib
 import functools
 import io
 import itertools
@@ -220,15 +221,24 @@ class Interruptible:
 
 
 def start_workers(*loaders):
-    """Here, and deaf to what a terminal or a scheduler sends to all: their parent ends them."""
-    posix, deaf = os.name == "posix", (signal.SIGINT, signal.SIGTERM)
-    if posix:
-        resource_tracker.ensure_running()       # with a worker that is spawned, it would undo this:
-        signal.pthread_sigmask(signal.SIG_BLOCK, deaf)
+    """On POSIX they are deaf to what a terminal or a scheduler sends to all: their parent ends
+    them, by `stop_workers`."""
+    if os.name != "posix":
+        return
+    resource_tracker.ensure_running()           # with a worker that is spawned, it would undo this:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        for loader in loaders:
+            iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def stop_workers(*loaders):
+    """Else, after an error, Python would wait for ever for workers that are deaf to it."""
     for loader in loaders:
-        iter(loader)
-    if posix:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, deaf)
+        if loader._iterator:
+            loader._iterator._shutdown_workers()
 
 
 def main(argv=None):
@@ -295,14 +305,21 @@ def main(argv=None):
         with data.atomic(out / "last.pt", "wb") as file:
             file.write(buffer.getbuffer())
 
+    epochs = schedule(args, len(image) > 0)
+    if epochs_done + bool(sums) > len(epochs):
+        raise data.DataError(f"{args.resume}: epoch {epochs_done + bool(sums)} has begun; give at "
+                             "least as many --epochs")
     out.mkdir(parents=True, exist_ok=True)
     data.write_tiles(index, out / "tiles.csv")
     data.write_index(index, out / "index.npz")
-    log = (out / "log.jsonl").read_text().splitlines()[:epochs_done] if checkpoint else []
-    epochs = schedule(args, len(image) > 0)
+    log = (out / "log.jsonl").read_text().splitlines()[:epochs_done] if epochs_done else []
     if args.workers:
-        start_workers(loader1, loader2)
-    with Interruptible() as interruptible:
+        start_workers(*(loader for loader, used in zip((loader1, loader2), zip(*epochs))
+                        if any(used)))
+    go_on = f"go on with: python train.py --resume {out / 'last.pt'}"
+    with contextlib.ExitStack() as stack:
+        stack.callback(stop_workers, loader1, loader2)
+        interruptible = stack.enter_context(Interruptible())
         for epoch in range(epochs_done, len(epochs)):
             model.train()
             segment, classify, first, last = epochs[epoch]
@@ -335,8 +352,7 @@ def main(argv=None):
             except Interrupted:
                 sums["seconds"] = time.time() - began
                 save(epoch, sums)
-                raise KeyboardInterrupt(f"saved in epoch {epoch + 1}; go on with: python train.py "
-                                        f"--resume {out / 'last.pt'}") from None
+                raise KeyboardInterrupt(f"saved in epoch {epoch + 1}; {go_on}") from None
 
             seconds, seen = time.time() - began, iterations * args.batch_size
             line = {"epoch": epoch + 1}
@@ -354,6 +370,8 @@ def main(argv=None):
                 file.write("\n".join(log) + "\n")
             sums = Counter()
             save(epoch + 1, sums)
+        if interruptible.asked:
+            raise KeyboardInterrupt(f"all epochs are done, but not scored; {go_on}")
 
     # Deviation: the paper leaves BN's statistics as they ran; here they are estimated anew over the
     # step-1 tiles, because running means of the last 20 small batches, half of them from step 2,

@@ -26,6 +26,10 @@ def interrupt():
     raise KeyboardInterrupt
 
 
+def press():
+    signal.raise_signal(signal.SIGINT)
+
+
 def after(count, function, surprise):
     """`function`, but before its call number `count`, `surprise` is called."""
     calls = []
@@ -128,26 +132,23 @@ def whole(slides, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("how", ["in torch.save", "SIGINT"])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(whole, slides, tmp_path, how):
-    """Interrupted while the second checkpoint is made, or in the middle of the second epoch."""
-    half = tmp_path / "half"
-    with pytest.MonkeyPatch.context() as patch:
-        if how == "in torch.save":
-            patch.setattr(torch, "save", after(2, torch.save, interrupt))
-        else:
-            tiles = len((whole / "tiles.csv").read_text().splitlines())
-            patch.setattr(data.Tiles, "__getitem__", after(
-                tiles, data.Tiles.__getitem__, lambda: signal.raise_signal(signal.Signals[how])))
-        status, _, err = call(train.main, "--data", slides, "--out", half, *TINY, "--epochs", 3)
-    assert status == 130 and err.startswith("interrupted; ") and len(err.splitlines()) == 1
-    checkpoint = torch.load(half / "last.pt", weights_only=True)
-    if how == "in torch.save":
-        assert checkpoint["epoch"] == 1 and not checkpoint["sums"]
-    else:
-        assert f"python train.py --resume {half / 'last.pt'}" in err
-        assert checkpoint["sums"]["iterations"] > 0
-    ok(train.main, "--resume", half / "last.pt")
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(whole, slides, tmp_path):
+    """Interrupted in the middle of the first epoch, of the second, and while that is saved."""
+    half, read, save = tmp_path / "half", data.Tiles.__getitem__, torch.save
+    tiles = len((whole / "tiles.csv").read_text().splitlines())
+    argv = ["--data", slides, "--out", half, *TINY, "--epochs", 3]
+    for epoch, surprises in ((0, (data.Tiles, "__getitem__", after(10, read, press))),
+                             (1, (data.Tiles, "__getitem__", after(tiles, read, press))),
+                             (1, (torch, "save", after(1, save, interrupt)))):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(*surprises)
+            status, _, err = call(train.main, *argv)
+        assert status == 130 and err.startswith("interrupted; ") and len(err.splitlines()) == 1
+        checkpoint = torch.load(half / "last.pt", weights_only=True)
+        assert checkpoint["epoch"] == epoch and checkpoint["sums"]["iterations"] > 0
+        assert surprises[0] is torch or f"python train.py --resume {half / 'last.pt'}" in err
+        argv = ["--resume", half / "last.pt"]
+    ok(train.main, *argv)
     a, b = (torch.load(f / "last.pt", weights_only=True) for f in (whole, half))
     assert a["epoch"] == b["epoch"] == 3 and torch.equal(a["rng"], b["rng"])
     assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])

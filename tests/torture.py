@@ -193,11 +193,13 @@ def test_ctrl_c_while_predicting_ends_in_a_line(whole, slides, tmp_path):
     assert_readable(tmp_path / "p")
 
 
-def test_a_slide_replaced_during_a_run_is_named(whole, slides, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_slide_replaced_during_a_run_is_named(slides, tmp_path, workers):
+    """And the process ends: workers that are deaf to signals once kept it for ever."""
     shutil.copytree(slides, tmp_path / "slides")
     out, (one, two) = tmp_path / "r", sorted((tmp_path / "slides/train").glob("synthetic*.tif"))[:2]
     process = start("train.py", "--data", tmp_path / "slides", *TINY, "--epochs", EPOCHS,
-                    "--out", out)
+                    "--out", out, "--workers", workers)
     for line in process.stdout:
         if line.startswith("epoch 1 "):
             break
