@@ -237,7 +237,7 @@ def start_workers(*loaders):
 def stop_workers(*loaders):
     """Else, after an error, Python would wait for ever for workers that are deaf to it."""
     for loader in loaders:
-        if loader._iterator:
+        if loader._iterator is not None:
             loader._iterator._shutdown_workers()
 
 
