@@ -9,7 +9,6 @@ Sections 1.2 and 1.4, Figs. 2 and 4: pre-train with step 1 alone, then alternate
 last.pt (checkpoint), log.jsonl (a line per epoch), tiles.csv, index.npz, results.json, pictures/.
 """
 import argparse
-import contextlib
 import functools
 import io
 import itertools
@@ -221,24 +220,16 @@ class Interruptible:
 
 
 def start_workers(*loaders):
-    """On POSIX they are deaf to what a terminal or a scheduler sends to all: their parent ends
-    them, by `stop_workers`."""
+    """On POSIX they are deaf to Ctrl-C, which a terminal sends to all: their parent ends them."""
     if os.name != "posix":
         return
     resource_tracker.ensure_running()           # with a worker that is spawned, it would undo this:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
     try:
         for loader in loaders:
             iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def stop_workers(*loaders):
-    """Else, after an error, Python would wait for ever for workers that are deaf to it."""
-    for loader in loaders:
-        if loader._iterator is not None:
-            loader._iterator._shutdown_workers()
 
 
 def main(argv=None):
@@ -317,9 +308,7 @@ def main(argv=None):
         start_workers(*(loader for loader, used in zip((loader1, loader2), zip(*epochs))
                         if any(used)))
     go_on = f"go on with: python train.py --resume {out / 'last.pt'}"
-    with contextlib.ExitStack() as stack:
-        stack.callback(stop_workers, loader1, loader2)
-        interruptible = stack.enter_context(Interruptible())
+    with Interruptible() as interruptible:
         for epoch in range(epochs_done, len(epochs)):
             model.train()
             segment, classify, first, last = epochs[epoch]
@@ -353,6 +342,10 @@ def main(argv=None):
                 sums["seconds"] = time.time() - began
                 save(epoch, sums)
                 raise KeyboardInterrupt(f"saved in epoch {epoch + 1}; {go_on}") from None
+            except RuntimeError:
+                if not interruptible.asked:
+                    raise               # else SIGTERM went to the workers too, and torch noticed
+                raise KeyboardInterrupt(f"epoch {epoch + 1} is lost; {go_on}") from None
 
             seconds, seen = time.time() - began, iterations * args.batch_size
             line = {"epoch": epoch + 1}
