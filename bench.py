@@ -324,7 +324,7 @@ def feeding(path):
     tiles = data.Tiles(data.index_tiles([source], tile))
     job, rows = Job(model.Network(width), tile), [("workers", "tiles / s", "share of waiting")]
     job.both()
-    batches = 40 if DEVICE.type == "cuda" else 20
+    batches = 200                                   # many more than the workers read ahead
     for workers in (0, 1, 2, 4, 8):
         if workers > os.cpu_count():
             break

@@ -219,6 +219,11 @@ class Interruptible:
             yield batch
 
 
+def of_a_worker(_):
+    """Schedulers send SIGTERM to all; a worker that it kills, not one that exits, raises here."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
+
 def start_workers(*loaders):
     """On POSIX they are deaf to Ctrl-C, which a terminal sends to all: their parent ends them."""
     if os.name != "posix":
@@ -268,8 +273,9 @@ def main(argv=None):
     iterations = math.ceil(len(pool) / args.batch_size)
     loader1, loader2 = (torch.utils.data.DataLoader(
         dataset, batch_sampler=data.Batches(rows, args.batch_size, (args.seed, stream)),
-        num_workers=args.workers, persistent_workers=args.workers > 0, generator=torch.Generator(),
-        pin_memory=device.type == "cuda") for stream, rows in ((11, pixel), (12, image)))
+        num_workers=args.workers, persistent_workers=args.workers > 0, worker_init_fn=of_a_worker,
+        generator=torch.Generator(), pin_memory=device.type == "cuda")
+        for stream, rows in ((11, pixel), (12, image)))
 
     def update(step, batch):
         """Forward, backward, Adam -> the loss, predicted classes, and the batch on the device."""
@@ -342,10 +348,6 @@ def main(argv=None):
                 sums["seconds"] = time.time() - began
                 save(epoch, sums)
                 raise KeyboardInterrupt(f"saved in epoch {epoch + 1}; {go_on}") from None
-            except RuntimeError:
-                if not interruptible.asked:
-                    raise               # else SIGTERM went to the workers too, and torch noticed
-                raise KeyboardInterrupt(f"epoch {epoch + 1} is lost; {go_on}") from None
 
             seconds, seen = time.time() - began, iterations * args.batch_size
             line = {"epoch": epoch + 1}

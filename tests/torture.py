@@ -182,6 +182,29 @@ def test_ctrl_c_ends_soon_saves_and_says_how_to_go_on(whole, tmp_path, method):
     assert max(took) < 4
 
 
+def test_sigterm_to_the_workers_too_ends_in_a_line(whole, tmp_path):
+    """As schedulers send it: torch raises an error of its own where a worker ends first."""
+    (folder, flags), out, took = whole, tmp_path / "r", []
+    argv = [*flags, "--out", out, "--workers", 2]
+    for _ in range(3):
+        process = start("train.py", *argv)
+        for line in process.stdout:
+            if line.startswith("epoch "):
+                break
+        time.sleep(0.5)
+        began = time.time()
+        os.killpg(process.pid, signal.SIGTERM)
+        err = finish(process, 130)
+        took.append(time.time() - began)
+        assert len(err) == 1 and err[0].startswith("interrupted; saved in epoch"), err
+        assert_readable(out)
+        argv = ["--resume", out / "last.pt"]
+    finish(start("train.py", *argv))
+    assert_equal_runs(folder, out)
+    print(f"\nSIGTERM to all: {', '.join(f'{t:.1f} s' for t in took)}")
+    assert max(took) < 4
+
+
 def test_ctrl_c_while_predicting_ends_in_a_line(whole, slides, tmp_path):
     process = start("predict.py", "--ckpt", whole[0] / "last.pt", "--out", tmp_path / "p",
                     *sorted(slides.rglob("*.tif")))
