@@ -357,14 +357,12 @@ def main(argv=None):
         "(default 200, a cell)")
     add("--level", type=number(int, 0), help="level to read where a file does not tell its um/px")
     add("--overwrite", action="store_true", help="redo slides that are done")
-    add("--batch-size", type=number(int, 1), help="windows at a time (default 8; on a CPU 2, "
-        "which takes .7 of the time)")
+    add("--batch-size", type=number(int, 1), default=8, help="windows at a time (default 8)")
     add("--workers", type=number(int, 0), help="processes that read windows (default: as in "
         "training)")
     add("--device", type=usable, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--amp", action="store_true", help="bfloat16 autocast")
     given = parser.parse_args(argv)
-    given.batch_size = given.batch_size or (2 if given.device.type == "cpu" else 8)
     model, args, _ = load(given.ckpt, given)
     out = Path(given.out or Path(given.ckpt).parent / "predictions")
     # slides/*.tif also finds what an earlier call has put beside the slides.
