@@ -35,6 +35,9 @@ XML = Path(__file__).parent / "data"
 KILLS, MUTANTS, SECONDS, MEGABYTES = 20, 1000, 2, 500       # mutants of each kind, TIFF and XML
 EPOCHS = 12
 
+# A shell's & has a job ignore Ctrl-C, and what it starts would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def start(script, *argv, **options):
     """A job in a process group of its own, as a terminal gives it."""
@@ -99,11 +102,15 @@ def whole(slides, tmp_path_factory):
 
 def test_training_survives_kill_9_at_any_moment(whole, tmp_path):
     folder, flags = whole
-    rng, out, killed, at = random.Random(0), tmp_path / "r", 0, []
+    rng, out, killed, at = random.Random(0), tmp_path / "0", 0, []
+
+    def go_on():
+        begun = (out / "last.pt").exists()
+        return start("train.py", *(["--resume", out / "last.pt"] if begun
+                                   else [*flags, "--out", out]))
+
     while killed < KILLS:
-        resume = (out / "last.pt").exists()
-        process = start("train.py", *(["--resume", out / "last.pt"] if resume
-                                      else [*flags, "--out", out]))
+        process = go_on()
         time.sleep(rng.uniform(2, 9))
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -114,7 +121,10 @@ def test_training_survives_kill_9_at_any_moment(whole, tmp_path):
             assert_readable(out)
         if (out / "last.pt").exists():
             at.append(torch.load(out / "last.pt", weights_only=True)["epoch"])
-    finish(start("train.py", "--resume", out / "last.pt"))
+        if process.returncode == 0:                     # all is done: once more
+            assert_equal_runs(folder, out)
+            out = tmp_path / str(killed)
+    finish(go_on())
     assert_readable(out)
     assert_equal_runs(folder, out)
     print(f"\ntraining: {killed} kills, epochs done at each: {at}")
