@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import re
+import signal
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
@@ -127,6 +128,15 @@ def progress(items, what, total=None):
             shown, rate = now, n / (now - start + 1e-9)
             print(f"\r{what} {n}/{total}  {rate:.1f}/s  {(total - n) / rate:.0f} s left \033[K",
                   end="\n" if n == total else "", file=sys.stderr, flush=True)
+
+
+def of_a_worker(_):
+    """worker_init_fn of the loaders: where a job is interrupted, its workers end without a word."""
+    # Schedulers send SIGTERM to all; a worker that it kills, not one that exits, has torch raise.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    # multiprocessing reports, from a thread, the batch at hand that nobody takes any more.
+    sys.excepthook = lambda kind, *error: (
+        issubclass(kind, (OSError, EOFError)) or sys.__excepthook__(kind, *error))
 
 
 # ------------------------------------------------------------------------------------------- slide

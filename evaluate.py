@@ -42,7 +42,7 @@ def batches(index, rows, args, what):
     """Batches of tiles `rows` as they are; `args` has batch_size, workers, device."""
     return data.progress(torch.utils.data.DataLoader(
         data.Tiles(index), args.batch_size, sampler=rows.tolist(), num_workers=args.workers,
-        pin_memory=args.device.type == "cuda"), what)
+        worker_init_fn=data.of_a_worker, pin_memory=args.device.type == "cuda"), what)
 
 
 def settle_batch_norm(model, index, rows, args):

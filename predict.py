@@ -268,7 +268,8 @@ def predict_slide(model, path, out, args):
         nonlocal score
         for images, xs, ys in data.progress(torch.utils.data.DataLoader(
                 Windows(slide, k, args.tile, places), args.batch_size, num_workers=args.workers,
-                pin_memory=args.device.type == "cuda"), path.name):
+                worker_init_fn=data.of_a_worker, pin_memory=args.device.type == "cuda"),
+                path.name):
             p, cancer = probabilities(model, images, args)
             score = max(score, cancer.max().item())
             yield from zip(xs.tolist(), ys.tolist(), p.cpu().numpy())

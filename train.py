@@ -219,11 +219,6 @@ class Interruptible:
             yield batch
 
 
-def of_a_worker(_):
-    """Schedulers send SIGTERM to all; a worker that it kills, not one that exits, raises here."""
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-
-
 def start_workers(*loaders):
     """On POSIX they are deaf to Ctrl-C, which a terminal sends to all: their parent ends them."""
     if os.name != "posix":
@@ -273,8 +268,9 @@ def main(argv=None):
     iterations = math.ceil(len(pool) / args.batch_size)
     loader1, loader2 = (torch.utils.data.DataLoader(
         dataset, batch_sampler=data.Batches(rows, args.batch_size, (args.seed, stream)),
-        num_workers=args.workers, persistent_workers=args.workers > 0, worker_init_fn=of_a_worker,
-        generator=torch.Generator(), pin_memory=device.type == "cuda")
+        num_workers=args.workers, persistent_workers=args.workers > 0,
+        worker_init_fn=data.of_a_worker, generator=torch.Generator(),
+        pin_memory=device.type == "cuda")
         for stream, rows in ((11, pixel), (12, image)))
 
     def update(step, batch):
