@@ -1,6 +1,6 @@
 """Hard to break: kill -9, full disks, damaged files, odd names. Slow, so not in the default run.
 
-    python -m pytest tests/torture.py -s            # half an hour on 2 CPU cores; prints its counts
+    python -m pytest tests/torture.py -s    # a quarter of an hour on 2 CPU cores; prints counts
 """
 import csv
 import itertools
