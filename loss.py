@@ -12,6 +12,7 @@ unlabelled. p(x) is the softmax probability of the labelled class at pixel (or i
 
 Pure functions of tensors: copy this file.
 """
+
 import math
 
 import torch
@@ -60,5 +61,5 @@ def dwce(logits, target, beta=3.0, printed=False):
     # most, and a weight with a gradient could make the loss grow with p.
     logp = log_p(logits, target)
     p = logp.detach().exp()
-    w = torch.exp((1 if printed else -1) * math.log(100) * p ** beta)
+    w = torch.exp((1 if printed else -1) * math.log(100) * p**beta)
     return weighted_mean(w, logp, target)

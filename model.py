@@ -1,29 +1,35 @@
-"""The network of Fig. 3: a U-Net with ESP encoder, PSP decoder and a class branch on the encoder.
+"""The network of Fig. 3: a U-Net with ESP encoder, PSP decoder and a classification head.
 
     model = Network(width=32)
     segmentation, image = model(tiles)          # tiles (B, 3, H, W), 0..255, H and W multiples of 8
-    model.decode(model.encode(tiles))           # step 1 needs this alone: no class branch,
+    model.decode(model.encode(tiles))           # step 1 needs this alone: no classification head,
     model.classify(model.encode(tiles))         # step 2 this alone: neither PSP nor decoder
 
 Glossary, for all files:
-    B          tiles in a batch                 s1, s2  step 1, segmentation; step 2, classification
-    H, W       height and width of a tile       S, C    the groups: segmentation, classification
-    C0..C3     channels of the four scales      p(x)    predicted probability of x's true class
-    k          a scale, 0 (full) .. 3 (1/8)     w(x)    the weight of x in the loss, section 1.6
+    B          tiles in a batch                 S, C    the groups: segmentation, classification
+    H, W       height and width of a tile       alpha   weight of the classification loss, Eq. (3)
+    C0..C3     channels of the four scales      beta    exponent of the dynamic weight, Eq. (2)
+    k          a scale, 0 (full) .. 3 (1/8)     p(x)    predicted probability of x's true class
+    logits     scores before the softmax        w(x)    the weight of x in the loss, section 1.6
 
-Sections are the paper's: 1.3 the network, 1.5 ESP and PSP.
+Sections are the paper's: 1.3 the network, 1.5 ESP and PSP. Needs torch alone: copy this file.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-DILATIONS = (1, 2, 3, 5)        # section 1.5
-BINS = (1, 2, 3, 5)             # section 1.5
+DILATIONS = (1, 2, 3, 5)  # section 1.5
+BINS = (1, 2, 3, 5)  # section 1.5
 
 
 def conv_bn_relu(c_in, c_out, kernel):
-    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False),
-                         nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
+    """The convolution block of section 1.3: (B, c_in, H, W) -> (B, c_out, H, W)."""
+    return nn.Sequential(
+        nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False),
+        nn.BatchNorm2d(c_out),
+        nn.ReLU(inplace=True),
+    )
 
 
 class ESP(nn.Module):
@@ -35,64 +41,33 @@ class ESP(nn.Module):
         super().__init__()
         d = channels // 4
         self.reduce = nn.Conv2d(channels, d, 1, bias=False)
-        self.branches = nn.ModuleList(nn.Conv2d(d, d, 3, padding=r, dilation=r, bias=False)
-                                      for r in DILATIONS)
+        self.branches = nn.ModuleList(
+            nn.Conv2d(d, d, 3, padding=r, dilation=r, bias=False) for r in DILATIONS
+        )
         self.bn = nn.BatchNorm2d(channels)
 
-    def forward(self, x):                                           # (B, C, H, W)
-        x = self.reduce(x)                                          # (B, C/4, H, W)
-        x = torch.cat([branch(x) for branch in self.branches], 1)   # (B, C, H, W)
-        return F.relu(self.bn(x))                                   # (B, C, H, W)
-
-
-def upsample(views, height, width):
-    """Bilinear upsampling, summed: [(B, C, bins, bins)] -> (B, C, H, W), in channels_last.
-
-    As products with the matrix (size, bins) of each axis: the backward of F.interpolate adds all
-    pixels into a few cells, which is slow, and on a GPU in no fixed order.
-    """
-    def axis(size, view):
-        eye = torch.eye(view.shape[-1], dtype=view.dtype, device=view.device)
-        return F.interpolate(eye[None], size, mode="linear")[0].T           # (size, bins)
-
-    rows = [axis(width, v) @ v.permute(0, 2, 3, 1) for v in views]          # (B, bins, W, C)
-    x = torch.cat(rows, 1).flatten(2)                                       # (B, all bins, W C)
-    x = torch.cat([axis(height, v) for v in views], 1) @ x                  # (B, H, W C)
-    return x.unflatten(2, (width, -1)).permute(0, 3, 1, 2)                  # (B, C, H, W)
+    def forward(self, x):  # (B, C, H, W)
+        x = self.reduce(x)  # (B, C/4, H, W)
+        x = torch.cat([branch(x) for branch in self.branches], 1)  # (B, C, H, W)
+        return F.relu(self.bn(x))  # (B, C, H, W)
 
 
 class PSP(nn.Module):
-    """Pyramid spatial pooling, section 1.5: four pooled views of the map, beside the map itself."""
+    """Pyramid spatial pooling, section 1.5: the map beside four pooled views of itself."""
 
     # No BN: it would raise on the 1x1 bin with one tile in training, and the paper names none.
     def __init__(self, channels):
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(channels, channels // 4, 1) for _ in BINS)
 
-    def views(self, x):                                             # (B, C, H, W)
-        return [conv(F.adaptive_avg_pool2d(x, bins))                # (B, C/4, bins, bins)
-                for bins, conv in zip(BINS, self.convs)]
-
-    def forward(self, x):                                           # (B, C, H, W)
-        views = [upsample([v], *x.shape[2:]) for v in self.views(x)]            # (B, C/4, H, W)
-        return torch.cat([x, *views], 1)                            # (B, 2C, H, W)
-
-
-def fuse(block, x, skip, psp):
-    """`block`, a 1x1 conv-BN-ReLU, of x beside PSP(skip): x, skip (B, C, H, W) -> (B, C, H, W).
-
-    A 1x1 convolution of a concatenation is the sum of those of its parts, and of an upsampled view
-    the upsampled one of the view. So 3C channels never lie side by side: less time, less memory.
-    """
-    conv, bn, relu = block
-    parts = [x, skip, *psp.views(skip)]                             # C + C + 4 (C/4) channels
-    weights = conv.weight.split([part.shape[1] for part in parts], 1)
-    x, skip, *views = [F.conv2d(part, w) for part, w in zip(parts, weights)]    # C channels each
-    return relu(bn(x + skip + upsample(views, *x.shape[2:])))
+    def forward(self, x):  # (B, C, H, W)
+        views = [conv(F.adaptive_avg_pool2d(x, bins)) for bins, conv in zip(BINS, self.convs)]
+        views = [F.interpolate(view, x.shape[2:], mode="bilinear") for view in views]
+        return torch.cat([x, *views], 1)  # (B, C + 4 C/4, H, W)
 
 
 class Network(nn.Module):
-    """Encoder of four scales, PSP on each skip, decoder, class branch.
+    """Encoder of four scales, PSP on each skip, decoder, classification head.
 
     ValueError for a width that 4 does not divide (ESP has four branches: users would get empty
     ones), and for sides that 8 does not (three poolings).
@@ -102,21 +77,23 @@ class Network(nn.Module):
         super().__init__()
         if width < 4 or width % 4:
             raise ValueError(f"width is {width}; a multiple of 4, 4 or more, is needed")
-        # Deviation: the paper gives no widths; here C0 = 32, doubled at each scale, as U-Nets do.
-        c0, c1, c2, c3 = c = [width * 2 ** k for k in range(4)]
+        # Deviation: the paper gives no widths; here C0 = 32, doubled at each scale, because that
+        # is what U-Nets do.
+        c0, c1, c2, c3 = c = [width * 2**k for k in range(4)]
         self.convs = nn.ModuleList(conv_bn_relu(i, o, 3) for i, o in zip([3, c0, c1, c2], c))
         self.esps = nn.ModuleList(ESP(i) for i in c)
         self.psps = nn.ModuleList(PSP(i) for i in c)
-        self.ups = nn.ModuleList(nn.ConvTranspose2d(i, o, 2, stride=2)
-                                 for i, o in zip([c1, c2, 2 * c3], c))
+        self.ups = nn.ModuleList(
+            nn.ConvTranspose2d(i, o, 2, stride=2) for i, o in zip([c1, c2, 2 * c3], c)
+        )
         # Deviation: the paper does not say how the decoder fuses; here a 1x1 convolution, because
         # a 3x3 costs 2.7 times the multiply-adds of the whole network for no clear gain in DSC.
         self.fuses = nn.ModuleList(conv_bn_relu(3 * i, i, 1) for i in (c0, c1, c2))
         self.head = nn.Conv2d(c0, 2, 1)
         # Deviation: the paper does not say how 1x1 convolutions make one label of a map; here as
-        # the mean of a class-score map, C3/2 channels wide before, because any size then will do.
+        # the mean of a map of class logits, C3/2 channels wide before, because any size will do.
         self.classifier = nn.Sequential(conv_bn_relu(c3, c3 // 2, 1), nn.Conv2d(c3 // 2, 2, 1))
-        self.to(memory_format=torch.channels_last)      # 1.4 x faster than NCHW on a CPU
+        self.to(memory_format=torch.channels_last)  # faster than NCHW, see docs/speed.md
 
     def encode(self, tiles):
         """tiles (B, 3, H, W), 0..255, any dtype -> the ESP maps of the four scales."""
@@ -125,22 +102,24 @@ class Network(nn.Module):
         x, maps = tiles.float() / 127.5 - 1, []
         for k in range(4):
             x = F.max_pool2d(x, 2) if k else x
-            x = self.esps[k](self.convs[k](x))                      # (B, Ck, H/2^k, W/2^k)
+            x = self.esps[k](self.convs[k](x))  # (B, Ck, H/2^k, W/2^k)
             maps.append(x)
         return maps
 
     def decode(self, maps):
         """The four ESP maps -> segmentation logits (B, 2, H, W), class 1 is tumour."""
-        x = self.psps[3](maps[3])                                   # (B, 2C3, H/8, W/8)
+        x = self.psps[3](maps[3])  # (B, 2C3, H/8, W/8)
         for k in (2, 1, 0):
-            x = self.ups[k](x)                                      # (B, Ck, H/2^k, W/2^k)
-            x = fuse(self.fuses[k], x, maps[k], self.psps[k])       # (B, Ck, H/2^k, W/2^k)
-        return self.head(x)                                         # (B, 2, H, W)
+            x = self.ups[k](x)  # (B, Ck, H/2^k, W/2^k)
+            x = torch.cat([x, self.psps[k](maps[k])], 1)  # (B, 3Ck, H/2^k, W/2^k)
+            x = self.fuses[k](x)  # (B, Ck, H/2^k, W/2^k)
+        return self.head(x)  # (B, 2, H, W)
 
     def classify(self, maps):
-        """The four ESP maps -> image logits (B, 2), class 1 is cancer: the mean of a score map."""
-        return self.classifier(maps[3]).mean((2, 3))                # (B, 2, H/8, W/8) -> (B, 2)
+        """The four ESP maps -> class logits (B, 2), class 1 is cancer."""
+        return self.classifier(maps[3]).mean((2, 3))  # (B, 2, H/8, W/8) -> (B, 2)
 
     def forward(self, tiles):
+        """tiles (B, 3, H, W) -> segmentation logits (B, 2, H, W), class logits (B, 2)."""
         maps = self.encode(tiles)
         return self.decode(maps), self.classify(maps)

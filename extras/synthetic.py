@@ -1,12 +1,13 @@
 """CAMELYON-shaped slides drawn on the spot: a JPEG pyramid TIFF and an ASAP XML each.
 
-    python synthetic.py my_slides           # 30 training and 10 test slides, 20 seconds, 50 MB
+    python -m extras.synthetic my_slides         # 30 training and 10 test slides, 20 seconds, 50 MB
 
 Lymph-node tissue seen at 0.5 um/px: small dark lymphocytes; larger, paler, irregular tumour nuclei
 in lesions from a few cells to half a millimetre; germinal centres, which look a little like tumour;
 vessels and fat as holes; stroma; a stain of its own for every slide. Large lesions have islands of
 lymphocytes, outlined as exclusions; tiles without tissue are absent from the file. Only drawings.
 """
+
 import hashlib
 import io
 import os
@@ -19,14 +20,17 @@ import numpy as np
 import tifffile
 from PIL import Image, ImageDraw, ImageFilter
 
-from data import Annotation, DataError, progress, run, write_annotation
+from data import Annotation, DataError, progress
+from extras.outline import write_annotation
 
 MPP, TIFF_TILE, LEVELS = 0.5, 256, 4
 LYMPHOCYTE, BENIGN, TUMOUR = range(3)
 #            spacing, radius (px), irregularity, haematoxylin of the nuclei, cytoplasm
-CELLS = {LYMPHOCYTE: (15, 5.0, 0.08, 1.00, 0.30),
-         BENIGN: (18, 6.5, 0.10, 0.70, 0.26),
-         TUMOUR: (24, 8.5, 0.26, 0.66, 0.20)}
+CELLS = {
+    LYMPHOCYTE: (15, 5.0, 0.08, 1.00, 0.30),
+    BENIGN: (18, 6.5, 0.10, 0.70, 0.26),
+    TUMOUR: (24, 8.5, 0.26, 0.66, 0.20),
+}
 
 
 def smooth_noise(rng, side, grain):
@@ -40,8 +44,9 @@ def smooth_noise(rng, side, grain):
 def blob(rng, x, y, radius, roughness=0.25, points=60):
     """A closed wobbly outline around (x, y): (points, 2) level-0 pixels."""
     angle = np.linspace(0, 2 * np.pi, points, endpoint=False)
-    wave = sum(rng.normal(0, roughness / k) * np.cos(k * angle + rng.uniform(0, 7))
-               for k in range(2, 7))
+    wave = sum(
+        rng.normal(0, roughness / k) * np.cos(k * angle + rng.uniform(0, 7)) for k in range(2, 7)
+    )
     r = radius * np.exp(np.clip(wave, -0.6, 0.6))
     return np.stack([x + r * np.cos(angle), y + r * np.sin(angle)], 1).round(1)
 
@@ -50,23 +55,23 @@ def draw_slide(rng, side=2048, tumour=True):
     """A slide -> its picture (side, side, 3) uint8 and outlines [(xy, is_tumour)]."""
     yy, xx = np.mgrid[:side, :side].astype(np.float32) / side - 0.5
     tissue = 0.55 - 1.5 * np.hypot(xx, yy) ** 1.5 + 0.10 * smooth_noise(rng, side, side // 6) > 0
-    tissue &= smooth_noise(rng, side, side // 14) < 2.1                 # sinuses, vessels
+    tissue &= smooth_noise(rng, side, side // 14) < 2.1  # sinuses, vessels
     inside = np.argwhere(tissue)[:, ::-1]
 
     polygons, benign = [], []
     if tumour:
-        for _ in range(rng.integers(5, 14)):                # lesions
+        for _ in range(rng.integers(5, 14)):  # lesions
             x, y = inside[rng.integers(len(inside))]
             radius = side * np.exp(rng.uniform(np.log(0.02), np.log(0.22)))
             outline = blob(rng, x, y, radius)
             columns, rows = outline.round().astype(int).clip(0, side - 1).T
             if tissue[rows, columns].mean() < 0.95:
-                continue                                    # nobody outlines glass
+                continue  # nobody outlines glass
             polygons.append((outline, True))
-            if radius > 0.09 * side:                        # an island of lymphocytes
+            if radius > 0.09 * side:  # an island of lymphocytes
                 x, y = (x, y) + rng.normal(0, 0.2 * radius, 2)
                 polygons.append((blob(rng, x, y, 0.3 * radius), False))
-    for _ in range(rng.integers(4, 10)):                    # germinal centres: the distractors
+    for _ in range(rng.integers(4, 10)):  # germinal centres: the distractors
         x, y = inside[rng.integers(len(inside))]
         benign.append((blob(rng, x, y, side * rng.uniform(0.03, 0.08), 0.12), True))
 
@@ -93,10 +98,10 @@ def draw_slide(rng, side=2048, tumour=True):
 
     # Optical density is the stains' sum (Beer-Lambert): haematoxylin in nuclei, eosin around them.
     cytoplasm = Image.fromarray(np.float32([CELLS[k][4] for k in range(3)])[kind])
-    cytoplasm = np.asarray(cytoplasm.reduce(16).resize((side, side)))           # no sharp edges
+    cytoplasm = np.asarray(cytoplasm.reduce(16).resize((side, side)))  # no sharp edges
     eosin = (cytoplasm + 0.35 * stroma) * (1 - 0.7 * nuclei) + 0.05 * smooth_noise(rng, side, 8)
     haematoxylin = nuclei * (0.9 + 0.1 * smooth_noise(rng, side, 4)) + 0.25 * cytoplasm
-    strength = np.exp(rng.normal(0, [0.25, 0.30]))          # every slide has a stain of its own
+    strength = np.exp(rng.normal(0, [0.25, 0.30]))  # every slide has a stain of its own
     stains = np.array([[0.65, 0.70, 0.29], [0.27, 0.92, 0.30]]) + rng.normal(0, 0.08, (2, 3))
     density = np.stack([haematoxylin * strength[0] * 1.3, eosin.clip(0) * strength[1] * 1.6], 2)
     density *= tissue[..., None]
@@ -108,9 +113,10 @@ def draw_slide(rng, side=2048, tumour=True):
 def write_slide(path, picture, polygons, mpp=MPP):
     """Write `path`.tif, a BigTIFF pyramid of YCbCr JPEG tiles (absent where white), and .xml."""
     path = Path(path)
-    images = (Image.fromarray(picture).reduce(2 ** level) for level in range(LEVELS))
-    write_pages(path.with_suffix(".tif"), ((im.width, im.height, *jpeg_tiles(im)) for im in images),
-                mpp)
+    images = (Image.fromarray(picture).reduce(2**level) for level in range(LEVELS))
+    write_pages(
+        path.with_suffix(".tif"), ((im.width, im.height, *jpeg_tiles(im)) for im in images), mpp
+    )
     if polygons:
         write_annotation(path.with_suffix(".xml"), polygons)
 
@@ -120,11 +126,19 @@ def write_pages(path, pages, mpp):
     with tifffile.TiffWriter(path, bigtiff=True) as tif:
         for level, (width, height, tables, tiles) in enumerate(pages):
             # tifffile writes no JPEG: give it the bytes as zlib's, then put the tags right.
-            tif.write(iter(tiles), shape=(height, width, 3), dtype=np.uint8,
-                      tile=(TIFF_TILE, TIFF_TILE), photometric="rgb", compression="zlib",
-                      subfiletype=int(level > 0), resolution=(1e4 / mpp / 2 ** level,) * 2,
-                      resolutionunit="CENTIMETER", metadata=None,
-                      extratags=[(347, 7, len(tables), tables, True)])
+            tif.write(
+                iter(tiles),
+                shape=(height, width, 3),
+                dtype=np.uint8,
+                tile=(TIFF_TILE, TIFF_TILE),
+                photometric="rgb",
+                compression="zlib",
+                subfiletype=int(level > 0),
+                resolution=(1e4 / mpp / 2**level,) * 2,
+                resolutionunit="CENTIMETER",
+                metadata=None,
+                extratags=[(347, 7, len(tables), tables, True)],
+            )
     with tifffile.TiffFile(path, mode="r+b") as tif:
         for k in range(len(tif.pages)):
             tif.pages[k].tags["Compression"].overwrite(7)
@@ -152,7 +166,7 @@ def make(folder, train=30, test=10, side=2048, seed=0):
     folder = Path(folder)
     if folder.exists():
         raise DataError(f"{folder} exists; name a new folder")
-    part = Path(f"{folder}.part{os.getpid()}")          # renamed when complete
+    part = Path(f"{folder}.part{os.getpid()}")  # renamed when complete
     for split in ("train", "test"):
         (part / split).mkdir(parents=True)
     jobs = [(part / "train", n, side, seed) for n in range(train)]
@@ -163,7 +177,7 @@ def make(folder, train=30, test=10, side=2048, seed=0):
     try:
         part.rename(folder)
     except OSError:
-        shutil.rmtree(part)                             # another run drew them in the meantime
+        shutil.rmtree(part)  # another run drew them in the meantime
     return folder
 
 
@@ -175,13 +189,13 @@ def make_one(job):
 
 
 def cached():
-    """The default slides, drawn once into .cache/ beside this file, anew when it changes."""
+    """The default slides, drawn once into .cache/ beside extras/, anew when this file changes."""
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-    folder = Path(__file__).resolve().parent / ".cache" / f"synthetic-{version}"
+    folder = Path(__file__).resolve().parents[1] / ".cache" / f"synthetic-{version}"
     return folder if folder.is_dir() else make(folder)
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit("usage: python synthetic.py FOLDER")
-    run(lambda: make(sys.argv[1]))
+        sys.exit("usage: python -m extras.synthetic FOLDER")
+    make(sys.argv[1])

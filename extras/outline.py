@@ -1,4 +1,4 @@
-"""Outlines of a mask: the inverse of data.Annotation.mask, exact to the pixel.
+"""Outlines of a mask: the inverse of data.Annotation.mask, exact to the pixel; ASAP's XML of them.
 
     rings = trace(strips)                   # a mask in strips of rows, (h, W) bool, top to bottom
     polygons = to_polygons(rings, 4)        # [(xy, is_tumour)] in level-0 pixels, downsample 4
@@ -7,8 +7,10 @@ A ring runs between the pixels. Its corner (x, y) is the upper left one of pixel
 at (x - .5, y - .5) of the mask's level. Tumour pixels that touch at a corner are of one lesion, as
 in CAMELYON's own scoring; holes are the other way round. numpy alone: copy this file.
 """
+
 from collections import defaultdict
 from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,10 +22,11 @@ TURNS = np.isin(np.arange(16), (1, 2, 4, 8, 7, 11, 13, 14, 6, 9))
 
 class Ring(NamedTuple):
     """One closed outline of a lesion or of a hole in a lesion."""
-    xy: np.ndarray              # (n, 2) int corners, clockwise from the first by (y, x)
+
+    xy: np.ndarray  # (n, 2) int corners, clockwise from the first by (y, x)
     is_hole: bool
-    area: int                   # pixels inside, holes and islands in them included
-    parent: int                 # the ring around it, of the other kind: a number, or -1
+    area: int  # pixels inside, holes and islands in them included
+    parent: int  # the ring around it, of the other kind: a number, or -1
 
 
 def trace(strips, min_area=0):
@@ -37,7 +40,7 @@ def trace(strips, min_area=0):
     # fourth; likewise along a column: a ring goes by row, by column, by row... to where it began.
     touch = (code == 6) | (code == 9)
     x, y, code = (np.repeat(a, 1 + touch) for a in (x, y, code))
-    right = np.arange(len(x)) % 2 == 0              # this corner is the left end of its edge
+    right = np.arange(len(x)) % 2 == 0  # this corner is the left end of its edge
     # Where rings touch, the end of one edge and the start of the next share a place. Which of them
     # goes up decides what is joined there: tumour is.
     down = np.where(code == 9, ~right, right)
@@ -72,7 +75,7 @@ def corners(strips):
         if above is None:
             above = np.zeros_like(strip[:1])
         if strip is None:
-            strip = np.zeros_like(above)            # below the last row
+            strip = np.zeros_like(above)  # below the last row
         if above.any() or strip.any():
             a = np.pad(np.concatenate([above, strip]), ((0, 0), (1, 1))).view(np.uint8)
             code = a[:-1, :-1] | a[:-1, 1:] << 1 | a[1:, :-1] << 2 | a[1:, 1:] << 3
@@ -115,13 +118,15 @@ def to_polygons(rings, downsample):
     for ring in rings:
         if not ring.is_hole and ring.parent >= 0:
             islands[ring.parent].append(ring)
-    return [(around(ring.xy, islands[n]) * downsample - 0.5, not ring.is_hole)
-            for n, ring in enumerate(rings)]
+    return [
+        (around(ring.xy, islands[n]) * downsample - 0.5, not ring.is_hole)
+        for n, ring in enumerate(rings)
+    ]
 
 
 def around(hole, islands):
     """The outline (n, 2) of a hole, with detours to its islands [Ring]."""
-    start, end = hole[1::2], np.roll(hole, -1, 0)[1::2]         # of its upright edges
+    start, end = hole[1::2], np.roll(hole, -1, 0)[1::2]  # of its upright edges
     detours = []
     for island in islands:
         x, y = island.xy[0].tolist()
@@ -132,7 +137,7 @@ def around(hole, islands):
         detours.append((edge, path))
     pieces, done = [], 0
     for edge, path in sorted(detours, key=lambda detour: detour[0]):
-        pieces += hole[done:2 * edge + 2], path
+        pieces += hole[done : 2 * edge + 2], path
         done = 2 * edge + 2
     return np.concatenate([*pieces, hole[done:]])
 
@@ -149,3 +154,25 @@ def diameters(rings):
         extent = np.maximum.reduceat(along, first) - np.minimum.reduceat(along, first)
         longest = np.maximum(longest, extent)
     return longest
+
+
+def write_annotation(path, polygons):
+    """[(xy, is_tumour)] -> ASAP XML, groups `metastases` and `normal` as in CAMELYON17."""
+    groups = {True: "metastases", False: "normal"}
+    lines = ['<?xml version="1.0"?>', "<ASAP_Annotations>", "<Annotations>"]
+    for n, (xy, is_tumour) in enumerate(polygons):
+        lines.append(
+            f'<Annotation Name="{n}" Type="Polygon" PartOfGroup="{groups[is_tumour]}" '
+            'Color="#F4FA58">\n<Coordinates>'
+        )
+        lines += [
+            f'<Coordinate Order="{k}" X="{x}" Y="{y}" />' for k, (x, y) in enumerate(xy.tolist())
+        ]
+        lines.append("</Coordinates>\n</Annotation>")
+    lines += ["</Annotations>", "<AnnotationGroups>"]
+    for name, colour in zip(groups.values(), ("#ff0000", "#00ff00")):
+        lines.append(
+            f'<Group Name="{name}" PartOfGroup="None" Color="{colour}"><Attributes /></Group>'
+        )
+    lines += ["</AnnotationGroups>", "</ASAP_Annotations>"]
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
