@@ -12,7 +12,6 @@ level read. tifffile gives the index of a file, Pillow decodes its JPEG blocks.
 
 import csv
 import io
-import itertools
 import logging
 import math
 import os
@@ -21,9 +20,8 @@ import signal
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import tifffile
@@ -36,14 +34,19 @@ TUMOUR_GROUPS = {"_0", "_1", "tumor", "metastases"}  # CAMELYON16, its test set,
 EXCLUSION_GROUPS = {"_2", "exclusion", "normal"}
 AREA_TYPES = {"Polygon", "Spline", "Rectangle"}  # not Dot, PointSet, None (rulers)
 NO_SLIDES = "_mask", "_likelihood_map"  # ends of stems: CAMELYON16's masks, predictions
-TISSUE_DOWNSAMPLE = 32  # tissue is found on the coarsest level up to this, about 8 um/px
-TISSUE_SHARE = 0.1  # a tile with less tissue is dropped
-CANCER_SHARE = 0.05  # a tile with more tumour is labelled cancer
-TEST_SHARE = 20 / 110  # the paper holds out 20 of 110 slides
+TISSUE_SHARE, CANCER_SHARE = 0.1, 0.05  # less tissue: dropped; more tumour: labelled cancer
 CANCER, NORMAL, AMBIGUOUS = 1, 0, -1  # image-level labels; AMBIGUOUS is used for none
 # CAMELYON16 slides on which not every metastasis is outlined, as its authors list them.
 PARTLY = (10, 15, 18, 20, 25, 29, 33, 34, 44, 46, 51, 54, 55, 56, 67, 79, 85, 92, 95, 110)
 PARTLY = {f"tumor_{n:03}" for n in PARTLY} | {"test_114"}
+# A slide to use: its path below the data folder and in full, its XML or None, "train" or "test".
+Source = namedtuple("Source", "name path xml split")
+# A resolution of a slide: size in px, level-0 px per px (a power of two), size of its JPEG blocks,
+# where they lie in the file and their bytes (0 = absent, background), shared JPEG tables, colours.
+Level = namedtuple("Level", "width height downsample block_w block_h offsets counts tables space")
+# A tile: number of its slide, x and y in level-0 px, level, split, share of tumour px, label.
+TILE = "slide int, x int, y int, level int, train bool, tumour float, label int"
+TILE = np.dtype([tuple(field.split()) for field in TILE.split(", ")])
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it would log, Slide raises
 # glibc hands freed memory back to the system, and getting it again costs as much as decoding a
@@ -75,25 +78,11 @@ def progress(items, what, total=None):
             print(line, end="\n" if n == total else "", file=sys.stderr, flush=True)
 
 
-class Level(NamedTuple):
-    """One resolution of a slide: its size in pixels, and where its JPEG blocks lie in the file."""
-
-    width: int
-    height: int
-    downsample: int  # level-0 pixels per pixel of this level, a power of two
-    block_w: int
-    block_h: int
-    offsets: np.ndarray  # (blocks,) bytes, row by row
-    counts: np.ndarray  # (blocks,) bytes; 0 = an absent block, which is background
-    tables: bytes  # the JPEG tables that all blocks share
-    space: str  # colour space of the JPEG, from the TIFF's photometric tag
-
-
 class Slide:
     """A tiled JPEG pyramid TIFF. Only its index is held: it pickles, and workers share no handle.
 
     `levels` is finest first; `mpp` is um per level-0 pixel, or None where the file does not tell;
-    `misfits` are tiled pages that are no level: labels, or pyramids of another factor than 2.
+    `misfits` are the sizes of tiled pages that are no level: labels, or of another factor than 2.
     Raises DataError where the file is unreadable, truncated, striped or not 8-bit RGB JPEG.
     """
 
@@ -120,8 +109,7 @@ class Slide:
         raise DataError(f"{self.path}: {found}; {cure}")
 
     def _add_levels(self, pages):
-        base, misfits = pages[0], []
-        text = base.description or ""
+        base, text = pages[0], pages[0].description or ""
         self.mpp = um_per_px(text, base.tags)
         if not base.is_tiled:
             self.fail("striped, not tiled")
@@ -132,11 +120,11 @@ class Slide:
                 width, height = base.imagewidth // down, base.imagelength // down
             if down:
                 self.levels.append(self._level(page, width, height, down))
+            elif any(halvings(other, page) for other in self.misfits):
+                self.fail(f"its largest page, {base.imagewidth} px wide, is not of its pyramid")
             else:
-                misfits.append(page)
-        self.misfits = [f"{page.imagewidth} x {page.imagelength}" for page in misfits]
-        if any(halvings(a, b) for a, b in itertools.combinations(misfits, 2)):
-            self.fail(f"its pages of {', '.join(self.misfits)} px are no levels of the largest one")
+                self.misfits.append(page)
+        self.misfits = [(page.imagewidth, page.imagelength) for page in self.misfits]
 
     def _level(self, page, width, height, down):
         w, h = page.tilewidth, page.tilelength
@@ -146,13 +134,10 @@ class Slide:
             self.fail(f"compression {codec} of {kind[0]} x {kind[1]} bits, not JPEG of 8-bit RGB")
         if not 0 < min(w, h, width, height) or max(w, h) > 2048:
             self.fail(f"{width} x {height} px in blocks of {w} x {h}")
-        offsets = np.fromiter(page.dataoffsets, np.int64, len(page.dataoffsets))
-        counts = np.fromiter(page.databytecounts, np.int64, len(page.databytecounts))
-        if not len(offsets) == len(counts) >= -(-width // w) * -(-height // h):
-            self.fail(f"only {len(offsets)} blocks listed", "download it again")
+        offsets, counts = (np.array(n, np.int64) for n in (page.dataoffsets, page.databytecounts))
         beyond = (offsets + counts > os.path.getsize(self.path)) & (counts > 0)
-        if beyond.any() or min(offsets.min(), counts.min()) < 0:
-            self.fail("truncated, blocks lie beyond its end", "download it again")
+        if len(offsets) < -(-width // w) * -(-height // h) or beyond.any() or counts.min() < 0:
+            self.fail("truncated, blocks are missing or lie beyond its end", "download it again")
         space = "RGB" if page.photometric == 2 else "YCbCr"
         return Level(width, height, down, w, h, offsets, counts, page.jpegtables or b"", space)
 
@@ -163,15 +148,12 @@ class Slide:
                 found = f"no um/px in the file, which has levels 0 to {len(self.levels) - 1}"
                 self.fail(found, "say which with --level")
             return fallback
-        k = min(
-            range(len(self.levels)),
-            key=lambda k: abs(math.log(self.mpp * self.levels[k].downsample / mpp)),
-        )
-        found = self.mpp * self.levels[k].downsample
-        if not 2 / 3 < found / mpp < 3 / 2:
-            left_out = f" (pages of {', '.join(self.misfits)} px are no halves of it)"
-            left_out *= bool(self.misfits)
-            warn(f"{self.path}: its nearest level has {found:.2f} um/px, not {mpp:g}{left_out}")
+        found = np.array([self.mpp * level.downsample for level in self.levels])
+        k = int(np.abs(np.log(found / mpp)).argmin())
+        if not 2 / 3 < found[k] / mpp < 3 / 2:
+            sizes = [f"a page of {p[0]} x {p[1]} px is no half of another" for p in self.misfits]
+            said = "; ".join([f"its nearest level has {found[k]:.2f} um/px, not {mpp:g}", *sizes])
+            warn(f"{self.path}: {said}")
         return k
 
     def read(self, level, x, y, w, h):
@@ -228,32 +210,25 @@ def um_per_px(text, tags):
     return mpp if 0.05 < mpp < 20 else None  # 72 dpi and the like are placeholders
 
 
-def tissue_share(slide, level, tile, stride=None):
-    """Share of tissue in squares of `tile` px of `level`, one every `stride` -> (rows, columns).
+def tissue_share(slide, level, tile):
+    """Share of tissue in the squares of `tile` px of `level`, side by side -> (rows, columns).
 
-    They lie side by side where no `stride` is given; the last ones may reach over the edge. Tissue
-    is chroma (max - min of RGB) above Otsu's threshold, held in [8, 30]: below, an empty slide
-    turns into tissue; above, one without background is split in two kinds of tissue.
+    Of squares that reach over the edge, the part inside counts. Tissue is chroma (max - min of RGB)
+    above Otsu's threshold, held in [8, 30]: below, an empty slide turns into tissue; above, one
+    without background is split in two kinds of tissue.
     """
     # Deviation: the paper does not say how tiles were found; here tissue by chroma, because
     # HSV saturation breaks on near-black noise and a fixed value breaks across centres.
-    fine, stride = slide.levels[level], stride or tile
-    coarsest = min(TISSUE_DOWNSAMPLE, max(1, tile * fine.downsample // 8))  # tiles stay 8 px
-    k = max(k for k, lv in enumerate(slide.levels) if lv.downsample <= coarsest)
+    side = tile * slide.levels[level].downsample  # seen at 1/32, 8 um/px, or so that it has 8 px
+    fits = [lv.downsample <= min(32, max(1, side // 8)) for lv in slide.levels]
+    k = max(k for k, lv in enumerate(slide.levels) if fits[k] and side % lv.downsample == 0)
     low = slide.levels[k]
     if low.width * low.height > 1 << 27:
-        slide.fail(f"{low.width} x {low.height} px is its smallest level up to 1/{coarsest}")
+        slide.fail(f"its smallest level up to 1/{min(32, side // 8)} is too large to look at")
     colours = slide.read(k, 0, 0, low.width, low.height).transpose(2, 0, 1)
     chroma = colours.max(0) - colours.min(0)
-    mask = chroma > np.clip(otsu(chroma), 8, 30)
-    total = np.pad(mask.cumsum(0, np.int32).cumsum(1, np.int32), (1, 0))  # integral image
-    scale = fine.downsample / low.downsample  # pixels of `low` per pixel of `fine`
-    for axis, size in enumerate((fine.height, fine.width)):
-        first = stride * np.arange(1 - (tile - size) // stride if size > tile else 1)
-        edges = [np.round(edge * scale).astype(int) for edge in (first, first + tile)]
-        first, last = (np.minimum(edge, mask.shape[axis]) for edge in edges)
-        total = total.take(last, axis) - total.take(first, axis)
-    return total / (tile * scale) ** 2
+    mask = Image.fromarray((chroma > np.clip(otsu(chroma), 8, 30)).astype(np.float32))
+    return np.asarray(mask.reduce(side // low.downsample))  # box means
 
 
 def otsu(values):
@@ -311,17 +286,19 @@ def read_annotation(path):
     can be used; a warning for outlines that nobody has put in a group, which are skipped.
     """
     polygons, skipped = [], Counter()
+
+    def group(node, key="PartOfGroup"):
+        return node.get(key, "").strip().lower() or "none"
+
     try:
         root = ElementTree.parse(path).getroot()
         if root.tag != "ASAP_Annotations":
             raise ValueError(f"its root is {root.tag}")
-        parents = {
-            name_in(node, "Name"): name_in(node, "PartOfGroup") for node in root.iter("Group")
-        }
+        parents = {group(node, "Name"): group(node) for node in root.iter("Group")}
         for node in root.iter("Annotation"):
-            kind, xy, groups = node.get("Type"), coordinates(node), [name_in(node, "PartOfGroup")]
+            kind, xy, groups = node.get("Type"), coordinates(node), [group(node)]
             while (parent := parents.get(groups[-1], "none")) not in (*groups, "none"):
-                groups.append(parent)
+                groups.append(parent)  # a group in a known one is of that one
             known = [name for name in groups if name in TUMOUR_GROUPS | EXCLUSION_GROUPS]
             if kind not in AREA_TYPES or len(xy) < 3:
                 skipped[f"{kind} of {len(xy)} points"] += 1
@@ -332,21 +309,15 @@ def read_annotation(path):
             else:
                 raise ValueError(f"group {groups[0]!r} is neither tumour nor exclusion")
     except (ElementTree.ParseError, LookupError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{path}: not a usable ASAP annotation ({error}); mend or remove it"
-        ) from None
+        cure = "mend or remove it"
+        raise DataError(f"{path}: not a usable ASAP annotation ({error}); {cure}") from None
     found = ", ".join(f"{count} {kind}" for kind, count in skipped.items())
     if skipped and not polygons:
         cure = "give outlines a group in ASAP, or delete all shapes if the slide is normal"
-        raise DataError(f"{path}: has shapes, but none that can be used ({found}); {cure}")
+        raise DataError(f"{path}: no shape can be used ({found}); {cure}")
     if "without group" in found:
         warn(f"{path}: skipped {found}; give outlines a group in ASAP, or delete them")
     return Annotation(polygons)
-
-
-def name_in(node, key):
-    """The name of a group in an XML attribute, as it is compared; "none" without one."""
-    return node.get(key, "").strip().lower() or "none"
 
 
 def coordinates(node):
@@ -360,33 +331,6 @@ def coordinates(node):
     return xy
 
 
-class Source(NamedTuple):
-    """A slide to use: `name` is its path below the data folder, `xml` is None without tumour."""
-
-    name: str
-    path: Path
-    xml: Path | None
-    split: str  # "train" or "test"
-
-    @property
-    def patient(self):
-        """What stays on one side of the split: the patient where the name tells, else the slide."""
-        return re.sub(r".*(patient_\d+)_node_\d.*", r"\1", self.path.stem.lower())
-
-
-def walk(root):
-    """Files below `root` but hidden ones, sorted; links are followed, no folder comes twice."""
-    files, seen = [], set()
-    for folder, folders, found in os.walk(root, followlinks=True):
-        folders.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
-        if os.path.realpath(folder) in seen:
-            folders.clear()
-        else:
-            files += [Path(folder, name) for name in found if name[0] != "."]
-        seen.add(os.path.realpath(folder))
-    return sorted(files)
-
-
 def find_slides(root=None, seed=0):
     """Slides below `root` with annotation and split -> [Source]; names those left out.
 
@@ -398,7 +342,6 @@ def find_slides(root=None, seed=0):
         from extras import synthetic  # the only import of extras/ in these five files
 
         root = synthetic.cached()
-    root, same, sources, left_out = Path(root), defaultdict(list), [], []
     files = [f for f in walk(root) if not f.stem.lower().endswith(NO_SLIDES)]
     slides = [f for f in files if f.suffix.lower() in (".tif", ".tiff", ".svs")]
     if not slides:
@@ -407,66 +350,78 @@ def find_slides(root=None, seed=0):
     lines = [line.lower() for f in tables for line in f.read_text(errors="replace").splitlines()]
     rows = [[cell.strip() for cell in row] for row in csv.reader(lines)]
     normal = {row[0].rsplit(".", 1)[0] for row in rows if row[1:2] in (["negative"], ["normal"])}
-    for f in files:
-        if f in slides or f.suffix.lower() == ".xml":
-            same[f.stem.lower()].append(f)
+    xmls, sources, left_out = match_annotations(slides, files), [], []
     for path in slides:
         name, stem = path.relative_to(root).as_posix(), path.stem.lower()
-        xml = annotation_of(path, same[stem])
         side = re.search("(^|/)(train|test)[^/]*/", name.lower())
-        if xml or stem in normal or stem.startswith("normal"):
-            sources.append(Source(name, path, xml, side[2] if side else ""))
+        if path in xmls or stem in normal or stem.startswith("normal"):
+            sources.append(Source(name, path, xmls.get(path), side[2] if side else ""))
         else:
             left_out.append(name)
-    if {"train", "test"} <= {s.split for s in sources}:
-        print("split: the folders train* and test*")
-        left_out += [s.name for s in sources if not s.split]
-        sources = [s for s in sources if s.split]
-    else:
-        print(f"split: drawn with seed {seed}")
-        sources = seeded_split(sources, seed)
-    train, test = ({s.patient for s in sources if s.split == side} for side in ("train", "test"))
+    given = {"train", "test"} <= {s.split for s in sources}
+    print("split:", "the folders train* and test*" if given else f"drawn with seed {seed}")
+    left_out += [s.name for s in sources if given and not s.split]
+    sources = [s for s in sources if s.split] if given else seeded_split(sources, seed)
+    train, test = ({patient(s) for s in sources if s.split == side} for side in ("train", "test"))
     partly = [s.name for s in sources if s.path.stem.lower() in PARTLY]
     for what, found in (
-        ("left out, not annotated nor known to be normal, or outside train and test", left_out),
-        ("both in train and in test", sorted(train & test)),
-        ("'normal' tiles may be tumour, not all is outlined", partly),
+        ("slides left out: not known to be normal, or outside the folders of the split", left_out),
+        ("patients are both in train and in test", sorted(train & test)),
+        ("slides are not outlined in full: 'normal' tiles may be tumour", partly),
     ):
         if found:
-            warn(f"{what}: {len(found)}: {', '.join(found)}")
+            warn(f"{len(found)} {what}: {', '.join(found)}")
     return sources
 
 
-def annotation_of(path, same):
-    """The XML of a slide, of the files with its stem: one beside it, or one beside none; or None."""
-    slides, xmls = (
-        [f for f in same if (f.suffix.lower() == ".xml") == is_xml] for is_xml in (0, 1)
-    )
-    taken = {f.parent for f in slides} & {f.parent for f in xmls}
-    near = [[f for f in files if f.parent == path.parent] for files in (slides, xmls)]
-    free = [[f for f in files if f.parent not in taken] for files in (slides, xmls)]
-    rivals, found = near if path.parent in taken else free
-    if found and len(rivals) + len(found) > 2:
-        all_of_them = ", ".join(map(str, rivals + found))
-        raise DataError(f"{all_of_them}: which belongs to which? put one XML beside each slide")
-    return found[0] if found else None
+def patient(source):
+    """What stays on one side of the split: the patient where the name tells, else the slide."""
+    return re.sub(r".*(patient_\d+)_node_\d.*", r"\1", source.path.stem.lower())
+
+
+def walk(root):
+    """Files below `root` but hidden ones, sorted; links are followed, no folder comes twice."""
+    files, seen = [], set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
+        if os.path.realpath(folder) in seen:
+            folders.clear()
+        else:
+            files += [Path(folder, name) for name in names if name[0] != "."]
+        seen.add(os.path.realpath(folder))
+    return sorted(files)
+
+
+def match_annotations(slides, files):
+    """{slide: XML of its stem}: the one beside it, else the only one that lies beside no slide.
+
+    DataError, naming all, where two slides of a stem have a claim to one XML, or one to two.
+    """
+    same, found = defaultdict(lambda: ([], [])), {}
+    for f in slides + [f for f in files if f.suffix.lower() == ".xml"]:
+        same[f.stem.lower()][f.suffix.lower() == ".xml"].append(f)
+    for twins, xmls in same.values():
+        shared = {f.parent for f in twins} & {f.parent for f in xmls}
+        for folder in (*shared, None):  # None: those that have nothing beside them
+            near = [[f for f in group if folder == (f.parent if f.parent in shared else None)]
+                    for group in (twins, xmls)]  # fmt: skip
+            if all(near) and len(near[0] + near[1]) > 2:
+                several = ", ".join(map(str, near[0] + near[1]))
+                raise DataError(f"{several}: which belongs to which? put each XML by its slide")
+            found |= zip(*near)
+    return found
 
 
 def seeded_split(sources, seed):
     """Hold out 20 of 110 slides, with and without tumour alike, a patient's on one side."""
     # Deviation: the paper holds out 20 tumour slides, not named; here 20 in 110, drawn with the
     # seed, by patient where names tell, because slides of one patient are alike.
-    tumour = {s.patient for s in sources if s.xml}
+    tumour = {patient(s) for s in sources if s.xml}
     test, rng = set(), np.random.default_rng((seed, 0))
-    for patients in (tumour, {s.patient for s in sources} - tumour):
-        count = max(1, round(len(patients) * TEST_SHARE)) if len(patients) > 1 else 0
+    for patients in (tumour, {patient(s) for s in sources} - tumour):
+        count = max(1, round(len(patients) * 20 / 110)) if len(patients) > 1 else 0
         test.update(rng.permutation(sorted(patients))[:count].tolist())
-    return [s._replace(split="test" if s.patient in test else "train") for s in sources]
-
-
-# A row of the table of tiles; x, y in level-0 pixels, tumour the share of its pixels.
-TILE = [("slide", int), ("x", int), ("y", int), ("level", int)]
-TILE = np.dtype([*TILE, ("train", bool), ("tumour", float), ("label", int)])
+    return [s._replace(split="test" if patient(s) in test else "train") for s in sources]
 
 
 class Tiles(torch.utils.data.Dataset):
@@ -497,27 +452,29 @@ class Tiles(torch.utils.data.Dataset):
 def tile_slides(sources, tile=512, mpp=0.5, level=None):
     """Open every slide and lay a grid of `tile` px at `mpp` um/px over its tissue -> Tiles.
 
-    `level` is for slides that do not tell their um/px. DataError where no outline of tumour lies on
-    its slide.
+    `level` is for slides that do not tell their um/px.
     """
     slides = [Slide(source.path) for source in progress(sources, "slides")]
     annotations = [read_annotation(s.xml) if s.xml else Annotation() for s in sources]
     rows, dropped = [], []
     for n, source in enumerate(progress(sources, "tissue")):
-        size = slides[n].levels[0][:2]
-        outlined = [is_tumour for _, is_tumour in annotations[n].polygons].count(True)
-        boxes = annotations[n].boxes[:outlined]  # tumour comes first
-        off = ((boxes[:, :2] >= size) | (boxes[:, 2:] < 0)).any(1).sum()
-        if off:
-            found = f"{source.xml}: {off} of {outlined} outlines of tumour lie off {source.path}"
-            if off == outlined:
-                raise DataError(f"{found}; it is of another slide or level, replace it")
-            warn(found)
+        check_on_slide(annotations[n], slides[n], source.xml)
         k = slides[n].nearest_level(mpp, level)
         found, empty = tiles_of(slides[n], annotations[n], k, tile)
         rows += [(n, x, y, k, source.split == "train", *rest) for x, y, *rest in found]
         dropped.append(empty)
     return Tiles(sources, slides, annotations, tile, np.array(rows, TILE), dropped)
+
+
+def check_on_slide(annotation, slide, xml):
+    """DataError where no outline of tumour lies on the slide, a warning where some do not."""
+    boxes = annotation.boxes[: sum(is_tumour for _, is_tumour in annotation.polygons)]
+    off = (boxes[:, :2] >= slide.levels[0][:2]).any(1) | (boxes[:, 2:] < 0).any(1)
+    found = f"{xml}: {off.sum()} of {len(off)} outlines of tumour lie off {slide.path}"
+    if len(off) and off.all():
+        raise DataError(f"{found}; it is of another slide or level, replace it")
+    if off.any():
+        warn(found)
 
 
 def tiles_of(slide, annotation, level, tile):
@@ -542,19 +499,17 @@ def choose_labels(tiles, pixel_frac, image_frac, label_unit="tile", seed=0):
     DataError if a class is missing.
     """
     train, label = tiles.table["train"], tiles.table["label"]
-    for split, kind, rows in (
-        ("training", "cancer", train & (label == CANCER)),
-        ("training", "normal", train & (label == NORMAL)),
-        ("test", "cancer", ~train & (label == CANCER)),
-    ):
-        if not rows.any():
-            cure = "change --tile, --mpp, --level or --data"
-            raise DataError(f"no {kind} tile of {tiles.side} px among the {split} tiles; {cure}")
+    cancer, normal = (np.flatnonzero(train & (label == kind)) for kind in (CANCER, NORMAL))
+    if not (len(cancer) and len(normal) and (~train & (label == CANCER)).any()):
+        found = (
+            f"{len(cancer)} cancer and {len(normal)} normal tiles of {tiles.side} px to train on"
+        )
+        cure = "both and cancer to test on are needed: change --tile, --mpp, --level or --data"
+        raise DataError(f"{found}; {cure}")
     # Deviation: the paper does not say which normal tiles it takes; here all tiles with tumour and
     # as many normal ones as cancer, drawn with the seed, because tumour is rare.
-    normal = np.random.default_rng((seed, 1)).permutation(np.flatnonzero(train & (label == NORMAL)))
-    count = (train & (label == CANCER)).sum()
-    pool = np.sort(np.r_[np.flatnonzero(train & (label != NORMAL)), normal[:count]])
+    normal = np.random.default_rng((seed, 1)).permutation(normal)[: len(cancer)]
+    pool = np.sort(np.r_[np.flatnonzero(train & (label != NORMAL)), normal])
     # Deviation: the paper's 0 % row scores .596 with nothing to learn from; here 0 % of the masks
     # keeps one tile of each class, as its reference [20] does. 0 % of the image labels is none.
     masks = nested(tiles.table, pool, label_unit, pixel_frac, (seed, 2))
@@ -571,8 +526,7 @@ def nested(table, rows, unit, fraction, seed):
     """
     # Deviation: the paper gives masks to a share of the tiles; here, on demand, to all tiles of a
     # share of the slides, because a pathologist outlines slides.
-    label = table["label"][rows]
-    units = rows if unit == "tile" else table["slide"][rows]
+    label, units = table["label"][rows], rows if unit == "tile" else table["slide"][rows]
     with_cancer = np.isin(units, units[label == CANCER])
     rng, score = np.random.default_rng(seed), np.empty(len(rows))
     for kind in (with_cancer, ~with_cancer):
@@ -585,31 +539,28 @@ def nested(table, rows, unit, fraction, seed):
 
 
 def describe(tiles, mask_rows, label_rows):
-    """Lines to print, one per split: its slides, tiles, labels and resolution."""
+    """Lines to print, one per split: its slides, tiles, labels."""
     for split in ("train", "test"):
         slides = [n for n, source in enumerate(tiles.sources) if source.split == split]
         rows = np.flatnonzero(tiles.table["train"] == (split == "train"))
-        cancer, normal, ambiguous = (tiles.table["label"][rows] == k for k in (1, 0, -1))
-        used = [np.isin(rows, chosen).sum() for chosen in (mask_rows, label_rows)]
-        levels = {tuple(pair) for pair in tiles.table[["slide", "level"]][rows].tolist()}
-        mpp = [(tiles.slides[n].mpp or 0) * tiles.slides[n].levels[k].downsample for n, k in levels]
+        kinds = [(tiles.table["label"][rows] == kind).sum() for kind in (CANCER, NORMAL, AMBIGUOUS)]
+        masks, labels = (np.isin(rows, used).sum() for used in (mask_rows, label_rows))
+        levels = sorted(set(tiles.table["level"][rows].tolist()))
         yield (
-            f"{split}: {len(slides)} slides at {min(mpp):.2f} to {max(mpp):.2f} um/px; {len(rows)} "
-            f"tiles, {sum(tiles.dropped[n] for n in slides)} without tissue dropped; "
-            f"{cancer.sum()} cancer, {normal.sum()} normal, {ambiguous.sum()} ambiguous; "
-            f"{used[0]} with masks, {used[1]} with image labels"
+            f"{split}: {len(slides)} slides at level {levels}, {len(rows)} tiles with tissue, "
+            f"{sum(tiles.dropped[n] for n in slides)} without; {kinds[0]} cancer, {kinds[1]} "
+            f"normal, {kinds[2]} ambiguous; {masks} with masks, {labels} with image labels"
         )
 
 
 def write_tiles(path, tiles, mask_rows, label_rows):
-    """tiles.csv: what every tile is, and which of its labels training used."""
-    rows = range(len(tiles.table))
-    used = np.stack([np.isin(rows, chosen) for chosen in (mask_rows, label_rows)], 1).astype(int)
+    """tiles.csv: what every tile is (TILE), whether training used its mask and its image label."""
+    used = np.stack([np.isin(range(len(tiles.table)), rows) for rows in (mask_rows, label_rows)], 1)
     with open(path, "w", encoding="utf-8", newline="") as file:
         out = csv.writer(file)
         out.writerow([*TILE.names, "mask_used", "label_used"])
-        for (n, *rest), flags in zip(tiles.table.tolist(), used.tolist()):
-            out.writerow([tiles.sources[n].name, *rest, *flags])
+        for (n, *tile), flags in zip(tiles.table.tolist(), used.tolist()):
+            out.writerow([tiles.sources[n].name, *tile, *flags])
 
 
 def batches(rows, batch_size, seed, first, last):
@@ -618,16 +569,12 @@ def batches(rows, batch_size, seed, first, last):
     The sequence is pass after shuffled pass over `rows`, each tile turned at random: `seed` and a
     batch's number alone decide it, so a resumed run sees what an uninterrupted one would have.
     """
-    rng = np.random.default_rng(seed)
-
-    def endless():
-        while True:
-            turns = rng.integers(8, size=len(rows)).tolist()
-            yield from zip(rng.permutation(rows).tolist(), turns)
-
-    keys = endless()
+    rng, keys = np.random.default_rng(seed), []
     for n in range(last):
-        batch = list(itertools.islice(keys, batch_size))
+        while len(keys) < batch_size:
+            turns = rng.integers(8, size=len(rows)).tolist()
+            keys += zip(rng.permutation(rows).tolist(), turns)
+        batch, keys = keys[:batch_size], keys[batch_size:]
         if n >= first:
             yield batch
 
@@ -637,15 +584,10 @@ def load(tiles, batches, device, workers=0):
 
     `tiles` is any Dataset; DataError where its workers lack shared memory.
     """
-    loader = torch.utils.data.DataLoader(
-        tiles,
-        batch_sampler=batches,
-        num_workers=workers,
-        worker_init_fn=ignore_ctrl_c,
-        pin_memory=device.type == "cuda",
-    )
+    options = {"num_workers": workers, "worker_init_fn": ignore_ctrl_c}
+    options["pin_memory"] = device.type == "cuda"
     try:
-        for batch in loader:
+        for batch in torch.utils.data.DataLoader(tiles, batch_sampler=batches, **options):
             yield [t.to(device, non_blocking=True) for t in batch]
     except RuntimeError as error:
         if not re.search("shared memory|worker.* (killed|exited)", str(error)):

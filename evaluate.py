@@ -17,26 +17,20 @@ from PIL import Image
 import data
 from model import Network
 
+AS_WRITTEN = argparse.RawDescriptionHelpFormatter  # --help shows the docstring with its lines
+
 
 def load_checkpoint(path):
     """last.pt -> dict, on the CPU. DataError for a file that is not a checkpoint of train.py."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["model"], checkpoint["args"]["width"]
+        Network(checkpoint["args"]["width"]).load_state_dict(checkpoint["model"])
     except Exception as error:  # torch raises many types on files that are not its own
-        said = (str(error).splitlines() or [""])[0]
-        cure = "give a last.pt that train.py wrote"
-        raise data.DataError(f"{path}: not a checkpoint ({said}); {cure}") from None
+        said = " ".join(str(error).split())[:100]
+        raise data.DataError(
+            f"{path}: no checkpoint of train.py ({said}); give its last.pt"
+        ) from None
     return checkpoint
-
-
-def load_weights(model, checkpoint, path):
-    """Fill `model`; DataError where the checkpoint's network is another one."""
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError:
-        width = checkpoint["args"]["width"]
-        raise data.DataError(f"{path}: no weights of width {width}; train again") from None
 
 
 def load(path, **given):
@@ -45,7 +39,7 @@ def load(path, **given):
     given = {name: value for name, value in given.items() if value is not None}
     args = SimpleNamespace(**checkpoint["args"] | given)
     model = Network(args.width).to(args.device)
-    load_weights(model, checkpoint, path)
+    model.load_state_dict(checkpoint["model"])
     return model.eval(), args
 
 
@@ -59,14 +53,14 @@ def predict(model, images, amp=False):
 def count(model, tiles, rows, args):
     """Predict tiles `rows` -> (len(rows), 4) int64: TP, FP, FN pixels, predicted label."""
     model.eval()
-    keys, size, counts = [(row, 0) for row in rows.tolist()], args.batch_size, []
-    batches = [keys[n : n + size] for n in range(0, len(keys), size)]
-    loader = data.load(tiles, batches, torch.device(args.device), args.workers)
-    for images, masks, _ in data.progress(loader, "evaluating", len(batches)):
+    keys, counts = [(row, 0) for row in rows.tolist()], []
+    keys = [keys[n : n + args.batch_size] for n in range(0, len(keys), args.batch_size)]
+    batches = data.load(tiles, keys, torch.device(args.device), args.workers)
+    for images, masks, _ in data.progress(batches, "evaluating", len(keys)):
         found, label = (p > 0.5 for p in predict(model, images, args.amp))
-        pixels = [n.sum((1, 2)) for n in (found & (masks == 1), found & (masks == 0))]
-        missed = (masks * ~found).sum((1, 2))
-        counts.append(torch.stack([*pixels, missed, label.long()], 1).cpu())
+        truth = masks == 1
+        pixels = [n.sum((1, 2)) for n in (found & truth, found & ~truth, ~found & truth)]
+        counts.append(torch.stack([*pixels, label.long()], 1).cpu())
     return torch.cat(counts).numpy()
 
 
@@ -76,53 +70,45 @@ def dsc_iou(counts):
     return (2 * tp / (2 * tp + fp + fn), tp / (tp + fp + fn)) if tp + fp + fn else (None, None)
 
 
-def accuracy(counts, label):
-    """Share of tiles with the right image label, of those that have one; None without any."""
-    known = label != data.AMBIGUOUS
-    return float((counts[known, 3] == label[known]).mean()) if known.any() else None
-
-
 def summarise(tiles, rows, counts, classes=True):
-    """Counts of tiles `rows` -> the figures of results.json; no accuracy without `classes`."""
+    """Counts of tiles `rows` -> the figures of results.json; None where there is nothing to score.
+
+    `classes` is False where no image label trained the classification head.
+    """
     # Deviation: the paper does not say how it averages; here pooled over all test tiles, because
     # its IoU = DSC / (2 - DSC) implies that; also over cancer tiles alone and as mean of slides.
-    table = tiles.table[rows]
+    table, label = tiles.table[rows], tiles.table["label"][rows]
 
     def figures(of):
         dsc, iou = dsc_iou(counts[of]) if table["tumour"][of].any() else (None, None)
-        right = accuracy(counts[of], table["label"][of]) if classes else None
-        return {"dsc": dsc, "iou": iou, "accuracy": right}
+        known = of & (label != data.AMBIGUOUS)
+        accuracy = (counts[known, 3] == label[known]).mean() if classes and known.any() else None
+        return {"dsc": dsc, "iou": iou, "accuracy": accuracy}
 
     slides = []
     for n in np.unique(table["slide"]):
         of = table["slide"] == n
         line = {"slide": tiles.sources[n].name, "tiles": int(of.sum()), **figures(of)}
         slides.append(line | {"false_positive_px": int(counts[of, 1].sum())})
-    cancer = table["label"] == data.CANCER
-    totals = dict(zip(("tp", "fp", "fn"), counts[:, :3].sum(0).tolist()))
-    means = {name: [s[name] for s in slides if s["dsc"] is not None] for name in ("dsc", "iou")}
-    means = {name: float(np.mean(values)) if values else None for name, values in means.items()}
+    dsc = [line["dsc"] for line in slides if line["dsc"] is not None]
     return {
-        **figures(slice(None)),
-        **{f"{name}_cancer_tiles": figures(cancer)[name] for name in ("dsc", "iou")},
-        "false_positive_px_per_slide": float(np.mean([s["false_positive_px"] for s in slides])),
-        "per_slide": means | {"list": slides},
-        "counts": totals | {"tiles": len(rows), "cancer_tiles": int(cancer.sum())},
+        **figures(np.full(len(rows), True)),
+        "dsc_cancer_tiles": figures(label == data.CANCER)["dsc"],
+        "dsc_mean_of_slides": np.mean(dsc) if dsc else None,
+        "false_positive_px_per_slide": np.mean([line["false_positive_px"] for line in slides]),
+        "counts": dict(zip(("tp", "fp", "fn"), counts[:, :3].sum(0).tolist())),
+        "slides": slides,
     }
 
 
 def headline(results):
     """The figures that matter, in one line; null where there is nothing to score."""
-    figures = {
-        "DSC": results["dsc"],
-        "IoU": results["iou"],
-        "accuracy": results["accuracy"],
-        "cancer tiles: DSC": results["dsc_cancer_tiles"],
-        "mean of slides: DSC": results["per_slide"]["dsc"],
-    }
-    text = [f"{k} {'null' if v is None else f'{v:.4f}'}" for k, v in figures.items()]
+    said = {"DSC": "dsc", "IoU": "iou", "accuracy": "accuracy"}
+    said |= {"DSC of cancer tiles": "dsc_cancer_tiles", "mean of slides": "dsc_mean_of_slides"}
+    said = {name: results[key] for name, key in said.items()}
+    said = [f"{name} {'null' if v is None else f'{v:.4f}'}" for name, v in said.items()]
     fp = results["false_positive_px_per_slide"]
-    return "  ".join([*text, f"false positives per slide: {fp:.0f} px"])
+    return "  ".join([*said, f"false positives {fp:.0f} px a slide"])
 
 
 def draw_outline(image, mask, colour):
@@ -136,24 +122,22 @@ def write_pictures(folder, model, tiles, rows, counts, args, each=4):
     """Tile | truth (green) | prediction (yellow) of the best, median and worst cancer tiles."""
     folder.mkdir(exist_ok=True)
     cancer = tiles.table["label"][rows] == data.CANCER
-    rows, dsc = rows[cancer], [dsc_iou(c[None])[0] for c in counts[cancer]]
-    order, middle = np.argsort(dsc, kind="stable")[::-1], max(0, len(dsc) - each) // 2
-    worst = order[::-1][:each]
-    for name, which in ("best", order[:each]), ("median", order[middle:][:each]), ("worst", worst):
+    order = np.argsort([dsc_iou(c[None])[0] for c in counts[cancer]], kind="stable")[::-1]
+    starts = {"best": 0, "median": (len(order) - each) // 2, "worst": len(order) - each}
+    for name, start in starts.items():
         lines = []
-        for row in rows[which].tolist():
+        for row in rows[cancer][order[max(start, 0) :][:each]].tolist():
             image, mask, _ = tiles[row, 0]
             found = predict(model, image[None].to(args.device), args.amp)[0][0].cpu() > 0.5
             image = image.permute(1, 2, 0).numpy()
-            panels = image, draw_outline(image, mask, (0, 200, 0))
-            panels = *panels, draw_outline(image, found, (255, 230, 0))
+            truth = draw_outline(image, mask, (0, 200, 0))
+            panels = image, truth, draw_outline(image, found, (255, 230, 0))
             lines.append(np.concatenate([np.pad(p, ((4, 4), (4, 4), (0, 0))) for p in panels], 1))
         Image.fromarray(np.concatenate(lines)).save(folder / f"{name}.png")
 
 
 def main(argv=None):
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=AS_WRITTEN)
     add = parser.add_argument
     add("--ckpt", required=True, help="last.pt of a run; what is not given is as it was there")
     add("--data", help="folder of slides")

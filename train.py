@@ -37,11 +37,10 @@ PAPER = {"tile": 512, "mpp": 0.5, "width": 32, "lr": 1e-4, "epochs": 50}
 DEMO = {"tile": 128, "mpp": 1.0, "width": 16, "lr": 1e-3, "epochs": 8}
 
 
-def parse_args(argv=None):
-    """Command line -> arguments, and the checkpoint of --resume or None."""
+def flags():
+    """The command line's parser."""
     losses = {"choices": ("dwce", "ce", "fw"), "default": "dwce"}
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=evaluate.AS_WRITTEN)
     add = parser.add_argument_group("slides and labels").add_argument
     add("--data", help="folder of slides and ASAP XML, at any depth (default: synthetic slides)")
     add("--pixel-frac", type=float, default=0.1, help="share of training tiles with masks (0.1)")
@@ -54,7 +53,7 @@ def parse_args(argv=None):
     add("--width", type=int, help="channels C0, a multiple of 4")
     add("--lr", type=float, help="Adam's, falling linearly to 0")
     add("--epochs", type=int, help="passes over the training tiles")
-    add = parser.add_argument_group("training").add_argument
+    add = parser.add_argument_group("training and machine").add_argument
     add("--pretrain-epochs", type=int, help="epochs of step 1 alone (a tenth, at least 1 of 2)")
     add("--seg-loss", **losses, help="loss of step 1 (dwce)")
     add("--cls-loss", **losses, help="loss of step 2 (dwce)")
@@ -62,24 +61,31 @@ def parse_args(argv=None):
     add("--beta", type=float, default=3, help="exponent of dwce, Eq. 2 (3)")
     add("--batch-size", type=int, default=8, help="tiles in each step (8)")
     add("--seed", type=int, default=0, help="of split, labels, weights and order (0)")
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--workers", type=int, help="processes that read tiles, for each step (GPU: 8, CPU: 0)")
+    gpu = torch.cuda.is_available()
+    add("--device", default="cuda" if gpu else "cpu")
+    add("--workers", type=int, default=8 * gpu, help="processes that read tiles, for each step")
     add("--amp", action="store_true", help="bfloat16 autocast; the losses stay float32")
     add("--out", help="folder of this run (runs/<time>)")
     add("--resume", help="a last.pt to go on from, in its folder, with its arguments")
 
-    args, checkpoint = parser.parse_args(argv), None
+    return parser
+
+
+def parse_args(argv=None):
+    """Command line -> arguments, and the checkpoint of --resume or None."""
+    parser, checkpoint = flags(), None
+    args = parser.parse_args(argv)
     if args.resume:
         checkpoint = evaluate.load_checkpoint(args.resume)
-        parser.set_defaults(**checkpoint["args"] | {"out": os.path.dirname(args.resume) or "."})
+        old = checkpoint["args"] | {"out": os.path.dirname(args.resume) or "."}
+        parser.set_defaults(**old)
         args = parser.parse_args(argv)
+        if args.width != old["width"] or "iteration" not in checkpoint:
+            parser.error(f"{args.resume} is of another --width or version; start a new run")
     scale = PAPER if args.data else DEMO
     vars(args).update({name: scale[name] for name in scale if getattr(args, name) is None})
     if args.pretrain_epochs is None:
         args.pretrain_epochs = min(max(1, args.epochs // 10), args.epochs - 1)
-    if args.workers is None:
-        args.workers = 0 if args.device == "cpu" else min(8, os.cpu_count())
     args.out = args.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
     if not (0 <= args.pixel_frac <= 1 and 0 <= args.image_frac <= 1):
         parser.error("--pixel-frac and --image-frac are shares, 0 to 1")
@@ -94,9 +100,9 @@ def parse_args(argv=None):
 
 def make_loss(name, beta, share):
     """A loss of loss.py -> f(logits, target); `share` of class 1 in the labels is for fw."""
-    weights = loss.fw_weights((1 - share, share))
-    fw, dwce = partial(loss.fw, weights=weights), partial(loss.dwce, beta=beta)
-    return {"ce": loss.ce, "fw": fw, "dwce": dwce}[name]
+    if name == "fw":
+        return partial(loss.fw, weights=loss.fw_weights((1 - share, share)))
+    return partial(loss.dwce, beta=beta) if name == "dwce" else loss.ce
 
 
 def update(optimizer, loss):
@@ -117,7 +123,7 @@ def log_line(epoch, sums, batch_size, seconds):
     """Sums over the iterations of an epoch -> the numbers to print and log. DataError for NaN."""
     sums = {name: float(value) for name, value in sums.items()}  # only here a GPU is waited for
     tiles = sums["iterations"] * batch_size
-    line = {"epoch": epoch, "loss_seg": sums["loss_seg"] / sums["iterations"]}
+    line = {"loss_seg": sums["loss_seg"] / sums["iterations"]}
     line["train_dsc"] = 2 * sums["both"] / max(sums["either"], 1)
     if "loss_cls" in sums:
         line["loss_cls"] = sums["loss_cls"] / sums["iterations"]
@@ -125,25 +131,23 @@ def log_line(epoch, sums, batch_size, seconds):
     line |= {"tiles_per_s": tiles * (1 + ("loss_cls" in sums)) / seconds, "seconds": seconds}
     if not math.isfinite(line["loss_seg"] + line.get("loss_cls", 0)):
         raise data.DataError(f"the loss is not finite in epoch {epoch}; lower --lr")
-    return {name: float(f"{value:.4g}") for name, value in line.items()}
+    return {"epoch": epoch} | {name: float(f"{value:.4g}") for name, value in line.items()}
 
 
 def main(argv=None):
     args, checkpoint = parse_args(argv)
     began, device, out = time.time(), torch.device(args.device), Path(args.out)
-    tiles = data.tile_slides(
-        data.find_slides(args.data, args.seed), args.tile, args.mpp, args.level
-    )
-    pool, mask_rows, label_rows = data.choose_labels(
-        tiles, args.pixel_frac, args.image_frac, args.label_unit, args.seed
-    )
+    sources = data.find_slides(args.data, args.seed)
+    tiles = data.tile_slides(sources, args.tile, args.mpp, args.level)
+    shares = args.pixel_frac, args.image_frac, args.label_unit, args.seed
+    pool, mask_rows, label_rows = data.choose_labels(tiles, *shares)
     print(*data.describe(tiles, mask_rows, label_rows), sep="\n", flush=True)
 
     torch.manual_seed(args.seed)
     model = Network(args.width).to(device)
     adam = torch.optim.Adam(model.parameters(), lr=args.lr)
     tumour = tiles.table["tumour"][mask_rows].mean()
-    cancer = tiles.table["label"][label_rows].mean() if len(label_rows) else 0.5
+    cancer = tiles.table["label"][label_rows].sum() / max(len(label_rows), 1)
     seg_loss = make_loss(args.seg_loss, args.beta, tumour)
     cls_loss = make_loss(args.cls_loss, args.beta, cancer)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
@@ -154,21 +158,24 @@ def main(argv=None):
     first, total = 0, args.epochs * per_epoch
     pretrain = args.pretrain_epochs * per_epoch if len(label_rows) else total
     used = b"".join(a.tobytes() for a in (tiles.table, mask_rows, label_rows))
-    key = hashlib.sha256(used).hexdigest()
+    key, last = hashlib.sha256(used).hexdigest(), out / "last.pt"
     if checkpoint:
-        if checkpoint.get("key") != key:
-            raise data.DataError(f"{args.resume}: slides, annotations or labels are not those of "
-                                 "this run; put them back, or start a new run")  # fmt: skip
-        evaluate.load_weights(model, checkpoint, args.resume)
+        if checkpoint["key"] != key:
+            cure = "put them back, or start a new run"
+            raise data.DataError(f"{args.resume}: slides or labels have changed since; {cure}")
+        model.load_state_dict(checkpoint["model"])
         adam.load_state_dict(checkpoint["optimizer"])
         first = checkpoint["iteration"]
     out.mkdir(parents=True, exist_ok=True)
     data.write_tiles(out / "tiles.csv", tiles, mask_rows, label_rows)
     log = out / "log.jsonl"
-    kept = log.read_text().splitlines(True)[: first // per_epoch] if first else []
-    log.write_text("".join(kept))
-    go_on = f"python train.py --resume {out / 'last.pt'}"
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(f"interrupted; go on with: {go_on}"))
+    log.write_text("".join(log.read_text().splitlines(True)[: first // per_epoch] if first else []))
+
+    def stop(*_):
+        go_on = f"go on with: python train.py --resume {last}"
+        sys.exit(f"interrupted; {go_on if last.exists() else 'no epoch was done, start again'}")
+
+    signal.signal(signal.SIGINT, stop)
 
     def batches(rows, stream, start, stop):
         keys = data.batches(rows, args.batch_size, (args.seed, stream), start, stop)
@@ -207,7 +214,7 @@ def main(argv=None):
             print(*(f"{name} {value:g} " for name, value in line.items()), flush=True)
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            save(out / "last.pt", model, adam, n + 1, key, args)
+            save(last, model, adam, n + 1, key, args)
             sums, start = Counter(), time.time()
 
     # Deviation: the paper leaves BN's statistics as they ran; here they are estimated anew over the
@@ -215,7 +222,7 @@ def main(argv=None):
     # are far off.
     with autocast:
         update_bn(batches(mask_rows, 13, 0, math.ceil(len(mask_rows) / args.batch_size)), model)
-    save(out / "last.pt", model, adam, total, key, args)
+    save(last, model, adam, max(first, total), key, args)
     rows = np.flatnonzero(~tiles.table["train"])
     counts = evaluate.count(model, tiles, rows, args)
     results = evaluate.summarise(tiles, rows, counts, args.image_frac > 0)
@@ -224,7 +231,7 @@ def main(argv=None):
     evaluate.write_pictures(out / "pictures", model, tiles, rows, counts, args)
     print(evaluate.headline(results))
     print(f"{results['seconds']:.0f} s; pictures and results are in {out}; the same figures again:")
-    print(f"python evaluate.py --ckpt {out / 'last.pt'}")
+    print(f"python evaluate.py --ckpt {last}")
 
 
 if __name__ == "__main__":
