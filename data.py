@@ -68,7 +68,7 @@ def warn(message):
 
 def progress(items, what, total=None):
     """Yield from `items` with a line of rate and time left on a terminal; quiet elsewhere."""
-    total, start, shown = total or len(items), time.time(), 0.0
+    total, start, shown = len(items) if total is None else total, time.time(), 0.0
     for n, item in enumerate(items, 1):
         yield item
         now = time.time()
@@ -279,11 +279,12 @@ def winding(xy, w, h):
     return turns.reshape(h, w + 1)[:, :w].astype(np.int32).cumsum(1, np.int32)
 
 
-def read_annotation(path):
+def read_annotation(path, size=(1e7, 1e7)):
     """ASAP XML -> Annotation; a file without any shape is that of a normal slide.
 
-    DataError for broken XML, odd coordinates, unknown groups, and where there are shapes but none
-    can be used; a warning for outlines that nobody has put in a group, which are skipped.
+    Outlines that nobody has put in a group, or that lie off a slide of `size` level-0 px, are
+    skipped with a warning. DataError where no tumour is left but skipped shapes, for broken XML,
+    odd coordinates and unknown groups.
     """
     polygons, skipped = [], Counter()
 
@@ -303,7 +304,9 @@ def read_annotation(path):
             if kind not in AREA_TYPES or len(xy) < 3:
                 skipped[f"{kind} of {len(xy)} points"] += 1
             elif groups[0] == "none":
-                skipped[f"{kind} without group"] += 1
+                skipped[f"{kind} without a group"] += 1
+            elif (xy.min(0) >= size).any() or (xy.max(0) < 0).any():
+                skipped[f"{kind} off the slide"] += 1
             elif known:
                 polygons.append((xy, known[0] in TUMOUR_GROUPS))
             else:
@@ -312,11 +315,12 @@ def read_annotation(path):
         cure = "mend or remove it"
         raise DataError(f"{path}: not a usable ASAP annotation ({error}); {cure}") from None
     found = ", ".join(f"{count} {kind}" for kind, count in skipped.items())
-    if skipped and not polygons:
+    lost = re.search("without|off", found)
+    if skipped and not polygons or lost and not any(is_tumour for _, is_tumour in polygons):
         cure = "give outlines a group in ASAP, or delete all shapes if the slide is normal"
-        raise DataError(f"{path}: no shape can be used ({found}); {cure}")
-    if "without group" in found:
-        warn(f"{path}: skipped {found}; give outlines a group in ASAP, or delete them")
+        raise DataError(f"{path}: no outline of tumour can be used ({found}); {cure}")
+    if lost:
+        warn(f"{path}: skipped {found}; mend them in ASAP, or delete them")
     return Annotation(polygons)
 
 
@@ -455,26 +459,14 @@ def tile_slides(sources, tile=512, mpp=0.5, level=None):
     `level` is for slides that do not tell their um/px.
     """
     slides = [Slide(source.path) for source in progress(sources, "slides")]
-    annotations = [read_annotation(s.xml) if s.xml else Annotation() for s in sources]
-    rows, dropped = [], []
+    annotations, rows, dropped = [], [], []
     for n, source in enumerate(progress(sources, "tissue")):
-        check_on_slide(annotations[n], slides[n], source.xml)
-        k = slides[n].nearest_level(mpp, level)
+        size, k = slides[n].levels[0][:2], slides[n].nearest_level(mpp, level)
+        annotations.append(read_annotation(source.xml, size) if source.xml else Annotation())
         found, empty = tiles_of(slides[n], annotations[n], k, tile)
         rows += [(n, x, y, k, source.split == "train", *rest) for x, y, *rest in found]
         dropped.append(empty)
     return Tiles(sources, slides, annotations, tile, np.array(rows, TILE), dropped)
-
-
-def check_on_slide(annotation, slide, xml):
-    """DataError where no outline of tumour lies on the slide, a warning where some do not."""
-    boxes = annotation.boxes[: sum(is_tumour for _, is_tumour in annotation.polygons)]
-    off = (boxes[:, :2] >= slide.levels[0][:2]).any(1) | (boxes[:, 2:] < 0).any(1)
-    found = f"{xml}: {off.sum()} of {len(off)} outlines of tumour lie off {slide.path}"
-    if len(off) and off.all():
-        raise DataError(f"{found}; it is of another slide or level, replace it")
-    if off.any():
-        warn(found)
 
 
 def tiles_of(slide, annotation, level, tile):
@@ -501,9 +493,7 @@ def choose_labels(tiles, pixel_frac, image_frac, label_unit="tile", seed=0):
     train, label = tiles.table["train"], tiles.table["label"]
     cancer, normal = (np.flatnonzero(train & (label == kind)) for kind in (CANCER, NORMAL))
     if not (len(cancer) and len(normal) and (~train & (label == CANCER)).any()):
-        found = (
-            f"{len(cancer)} cancer and {len(normal)} normal tiles of {tiles.side} px to train on"
-        )
+        found = f"{len(cancer)} cancer, {len(normal)} normal tiles of {tiles.side} px to train on"
         cure = "both and cancer to test on are needed: change --tile, --mpp, --level or --data"
         raise DataError(f"{found}; {cure}")
     # Deviation: the paper does not say which normal tiles it takes; here all tiles with tumour and
@@ -545,11 +535,13 @@ def describe(tiles, mask_rows, label_rows):
         rows = np.flatnonzero(tiles.table["train"] == (split == "train"))
         kinds = [(tiles.table["label"][rows] == kind).sum() for kind in (CANCER, NORMAL, AMBIGUOUS)]
         masks, labels = (np.isin(rows, used).sum() for used in (mask_rows, label_rows))
-        levels = sorted(set(tiles.table["level"][rows].tolist()))
+        scales = set()
+        for n, k in set(tiles.table[["slide", "level"]][rows].tolist()):
+            scales.add(round((tiles.slides[n].mpp or 0) * tiles.slides[n].levels[k].downsample, 2))
         yield (
-            f"{split}: {len(slides)} slides at level {levels}, {len(rows)} tiles with tissue, "
-            f"{sum(tiles.dropped[n] for n in slides)} without; {kinds[0]} cancer, {kinds[1]} "
-            f"normal, {kinds[2]} ambiguous; {masks} with masks, {labels} with image labels"
+            f"{split}: {len(slides)} slides at {sorted(scales)} um/px; {len(rows)} tiles, "
+            f"{sum(tiles.dropped[n] for n in slides)} without tissue left out; {kinds[0]} cancer, "
+            f"{kinds[1]} normal, {kinds[2]} ambiguous; {masks} with masks, {labels} with labels"
         )
 
 
@@ -569,6 +561,7 @@ def batches(rows, batch_size, seed, first, last):
     The sequence is pass after shuffled pass over `rows`, each tile turned at random: `seed` and a
     batch's number alone decide it, so a resumed run sees what an uninterrupted one would have.
     """
+    assert len(rows), "no tiles to draw batches from"
     rng, keys = np.random.default_rng(seed), []
     for n in range(last):
         while len(keys) < batch_size:

@@ -36,8 +36,8 @@ def load_checkpoint(path):
 def load(path, **given):
     """last.pt -> its model; the arguments of its training, those `given` and not None instead."""
     checkpoint = load_checkpoint(path)
-    given = {name: value for name, value in given.items() if value is not None}
-    args = SimpleNamespace(**checkpoint["args"] | given)
+    args = SimpleNamespace(**checkpoint["args"])
+    vars(args).update({name: value for name, value in given.items() if value is not None})
     model = Network(args.width).to(args.device)
     model.load_state_dict(checkpoint["model"])
     return model.eval(), args
@@ -103,12 +103,11 @@ def summarise(tiles, rows, counts, classes=True):
 
 def headline(results):
     """The figures that matter, in one line; null where there is nothing to score."""
-    said = {"DSC": "dsc", "IoU": "iou", "accuracy": "accuracy"}
-    said |= {"DSC of cancer tiles": "dsc_cancer_tiles", "mean of slides": "dsc_mean_of_slides"}
-    said = {name: results[key] for name, key in said.items()}
-    said = [f"{name} {'null' if v is None else f'{v:.4f}'}" for name, v in said.items()]
-    fp = results["false_positive_px_per_slide"]
-    return "  ".join([*said, f"false positives {fp:.0f} px a slide"])
+    names = {"dsc": "DSC", "iou": "IoU", "accuracy": "accuracy"}
+    names |= {"dsc_cancer_tiles": "DSC of cancer tiles", "dsc_mean_of_slides": "mean of slides"}
+    said = {key: "null" if results[key] is None else f"{results[key]:.4f}" for key in names}
+    said = [f"{names[key]} {value}" for key, value in said.items()]
+    return "  ".join([*said, f"false positives {results['false_positive_px_per_slide']:.0f} px"])
 
 
 def draw_outline(image, mask, colour):

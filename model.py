@@ -25,11 +25,8 @@ BINS = (1, 2, 3, 5)  # section 1.5
 
 def conv_bn_relu(c_in, c_out, kernel):
     """The convolution block of section 1.3: (B, c_in, H, W) -> (B, c_out, H, W)."""
-    return nn.Sequential(
-        nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False),
-        nn.BatchNorm2d(c_out),
-        nn.ReLU(inplace=True),
-    )
+    conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
 
 
 class ESP(nn.Module):
@@ -41,9 +38,8 @@ class ESP(nn.Module):
         super().__init__()
         d = channels // 4
         self.reduce = nn.Conv2d(channels, d, 1, bias=False)
-        self.branches = nn.ModuleList(
-            nn.Conv2d(d, d, 3, padding=r, dilation=r, bias=False) for r in DILATIONS
-        )
+        branches = (nn.Conv2d(d, d, 3, padding=r, dilation=r, bias=False) for r in DILATIONS)
+        self.branches = nn.ModuleList(branches)
         self.bn = nn.BatchNorm2d(channels)
 
     def forward(self, x):  # (B, C, H, W)
@@ -83,9 +79,8 @@ class Network(nn.Module):
         self.convs = nn.ModuleList(conv_bn_relu(i, o, 3) for i, o in zip([3, c0, c1, c2], c))
         self.esps = nn.ModuleList(ESP(i) for i in c)
         self.psps = nn.ModuleList(PSP(i) for i in c)
-        self.ups = nn.ModuleList(
-            nn.ConvTranspose2d(i, o, 2, stride=2) for i, o in zip([c1, c2, 2 * c3], c)
-        )
+        ups = (nn.ConvTranspose2d(i, o, 2, stride=2) for i, o in zip([c1, c2, 2 * c3], c))
+        self.ups = nn.ModuleList(ups)
         # Deviation: the paper does not say how the decoder fuses; here a 1x1 convolution, because
         # a 3x3 costs 2.7 times the multiply-adds of the whole network for no clear gain in DSC.
         self.fuses = nn.ModuleList(conv_bn_relu(3 * i, i, 1) for i in (c0, c1, c2))

@@ -33,8 +33,7 @@ from model import Network
 # Deviation: the paper gives no tile size, resolution or epochs; here 512 px at 0.5 um/px and 50
 # epochs, because comparable work has 224-512 px, 20x and 20-100 epochs.
 PAPER = {"tile": 512, "mpp": 0.5, "width": 32, "lr": 1e-4, "epochs": 50}
-# Without --data: for a laptop, and for slides that are simpler than tissue.
-DEMO = {"tile": 128, "mpp": 1.0, "width": 16, "lr": 1e-3, "epochs": 8}
+DEMO = {"tile": 128, "mpp": 1.0, "width": 16, "lr": 1e-3, "epochs": 8}  # without --data
 
 
 def flags():
@@ -67,7 +66,6 @@ def flags():
     add("--amp", action="store_true", help="bfloat16 autocast; the losses stay float32")
     add("--out", help="folder of this run (runs/<time>)")
     add("--resume", help="a last.pt to go on from, in its folder, with its arguments")
-
     return parser
 
 
@@ -122,13 +120,11 @@ def save(path, model, optimizer, iteration, key, args):
 def log_line(epoch, sums, batch_size, seconds):
     """Sums over the iterations of an epoch -> the numbers to print and log. DataError for NaN."""
     sums = {name: float(value) for name, value in sums.items()}  # only here a GPU is waited for
-    tiles = sums["iterations"] * batch_size
-    line = {"loss_seg": sums["loss_seg"] / sums["iterations"]}
-    line["train_dsc"] = 2 * sums["both"] / max(sums["either"], 1)
+    n = sums["iterations"]
+    line = {"loss_seg": sums["loss_seg"] / n, "train_dsc": 2 * sums["both"] / max(sums["sum"], 1)}
     if "loss_cls" in sums:
-        line["loss_cls"] = sums["loss_cls"] / sums["iterations"]
-        line["train_accuracy"] = sums["right"] / tiles
-    line |= {"tiles_per_s": tiles * (1 + ("loss_cls" in sums)) / seconds, "seconds": seconds}
+        line |= {"loss_cls": sums["loss_cls"] / n, "train_accuracy": sums["right"] / n / batch_size}
+    line |= {"iterations_per_s": n / seconds, "seconds": seconds}
     if not math.isfinite(line["loss_seg"] + line.get("loss_cls", 0)):
         raise data.DataError(f"the loss is not finite in epoch {epoch}; lower --lr")
     return {"epoch": epoch} | {name: float(f"{value:.4g}") for name, value in line.items()}
@@ -142,7 +138,6 @@ def main(argv=None):
     shares = args.pixel_frac, args.image_frac, args.label_unit, args.seed
     pool, mask_rows, label_rows = data.choose_labels(tiles, *shares)
     print(*data.describe(tiles, mask_rows, label_rows), sep="\n", flush=True)
-
     torch.manual_seed(args.seed)
     model = Network(args.width).to(device)
     adam = torch.optim.Adam(model.parameters(), lr=args.lr)
@@ -158,17 +153,15 @@ def main(argv=None):
     first, total = 0, args.epochs * per_epoch
     pretrain = args.pretrain_epochs * per_epoch if len(label_rows) else total
     used = b"".join(a.tobytes() for a in (tiles.table, mask_rows, label_rows))
-    key, last = hashlib.sha256(used).hexdigest(), out / "last.pt"
+    key, last, log = hashlib.sha256(used).hexdigest(), out / "last.pt", out / "log.jsonl"
     if checkpoint:
         if checkpoint["key"] != key:
-            cure = "put them back, or start a new run"
-            raise data.DataError(f"{args.resume}: slides or labels have changed since; {cure}")
+            raise data.DataError(f"{args.resume}: slides or labels have changed; put them back")
         model.load_state_dict(checkpoint["model"])
         adam.load_state_dict(checkpoint["optimizer"])
         first = checkpoint["iteration"]
     out.mkdir(parents=True, exist_ok=True)
     data.write_tiles(out / "tiles.csv", tiles, mask_rows, label_rows)
-    log = out / "log.jsonl"
     log.write_text("".join(log.read_text().splitlines(True)[: first // per_epoch] if first else []))
 
     def stop(*_):
@@ -177,8 +170,8 @@ def main(argv=None):
 
     signal.signal(signal.SIGINT, stop)
 
-    def batches(rows, stream, start, stop):
-        keys = data.batches(rows, args.batch_size, (args.seed, stream), start, stop)
+    def batches(rows, stream, *numbers):
+        keys = data.batches(rows, args.batch_size, (args.seed, stream), *numbers)
         return data.load(tiles, keys, device, args.workers)
 
     mask_batches = batches(mask_rows, 11, first, total)
@@ -198,7 +191,7 @@ def main(argv=None):
         update(adam, loss_seg)
         found = logits.argmax(1)
         sums.update(loss_seg=loss_seg.detach(), both=(found * masks).sum())
-        sums.update(iterations=1, either=found.sum() + masks.sum())
+        sums.update(iterations=1, sum=found.sum() + masks.sum())
 
         # Step 2, Fig. 4: image labels teach encoder and head; PSP and decoder have no gradient.
         if n >= pretrain:
@@ -230,8 +223,7 @@ def main(argv=None):
     (out / "results.json").write_text(json.dumps(results, indent=1))
     evaluate.write_pictures(out / "pictures", model, tiles, rows, counts, args)
     print(evaluate.headline(results))
-    print(f"{results['seconds']:.0f} s; pictures and results are in {out}; the same figures again:")
-    print(f"python evaluate.py --ckpt {last}")
+    print(f"{results['seconds']:.0f} s, results in {out}; again: python evaluate.py --ckpt {last}")
 
 
 if __name__ == "__main__":

@@ -111,35 +111,36 @@ def lesion_at(rings, pixels):
 def to_polygons(rings, downsample):
     """Rings at 1 / `downsample` -> [(xy, is_tumour)] for an annotation, in level-0 pixels.
 
-    Lesions are filled and holes cleared after them, so a hole leaves out the lesions inside it: its
-    outline goes along a row to such an island, around it the other way, and back.
+    Lesions are filled and holes cleared after them, so the outline of a hole goes around the
+    lesions inside it: they are left as they are.
     """
     islands = defaultdict(list)
     for ring in rings:
         if not ring.is_hole and ring.parent >= 0:
-            islands[ring.parent].append(ring)
+            islands[ring.parent].append(ring.xy)
     return [
         (around(ring.xy, islands[n]) * downsample - 0.5, not ring.is_hole)
         for n, ring in enumerate(rings)
     ]
 
 
-def around(hole, islands):
-    """The outline (n, 2) of a hole, with detours to its islands [Ring]."""
-    start, end = hole[1::2], np.roll(hole, -1, 0)[1::2]  # of its upright edges
+def around(ring, inner):
+    """The ring (n, 2) with detours, the other way around each of `inner` [(m, 2)] -> one ring.
+
+    All are clockwise. A detour starts where `ring` is near.
+    """
     detours = []
-    for island in islands:
-        x, y = island.xy[0].tolist()
-        meets = (np.minimum(start[:, 1], end[:, 1]) <= y) & (y < np.maximum(start, end)[:, 1])
-        edge = int(np.where(meets & (start[:, 0] < x), start[:, 0], -1).argmax())
-        bridge = [(start[edge, 0], y)]
-        path = np.concatenate([bridge, island.xy[:1], island.xy[::-1], bridge])
-        detours.append((edge, path))
-    pieces, done = [], 0
-    for edge, path in sorted(detours, key=lambda detour: detour[0]):
-        pieces += hole[done : 2 * edge + 2], path
-        done = 2 * edge + 2
-    return np.concatenate([*pieces, hole[done:]])
+    for xy in inner:
+        n = int(np.abs(ring - xy[0]).sum(1).argmin())
+        # There and back along one row and one column. Other slopes would not cancel out exactly:
+        # where such an edge meets a row depends, in its last bit, on its direction.
+        bridge = np.array([ring[n], (xy[0, 0], ring[n, 1]), xy[0]])
+        detours.append((n, np.concatenate([bridge, xy[:0:-1], bridge[::-1]])))
+    detours.sort(key=lambda detour: detour[0])
+    pieces = np.split(ring, [n + 1 for n, _ in detours])
+    for n, (_, detour) in enumerate(detours):
+        pieces.insert(2 * n + 1, detour)
+    return np.concatenate(pieces)
 
 
 def diameters(rings):

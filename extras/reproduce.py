@@ -1,446 +1,300 @@
-"""Every table and figure of the paper, published beside measured.
+"""Run and write every table and figure of the paper, published beside measured.
 
-    python reproduce.py --list                      # what there is, its runs, what they would take
-    python reproduce.py all --jobs 2                # --budget quick, for two CPU cores
-    python reproduce.py table4 fig7 --budget full --seeds 3 --data CAMELYON16      # on a GPU
+    python -m extras.reproduce all --list           # the runs of each name, and about how long
+    python -m extras.reproduce table4 strip --data CAMELYON16       # goes on where it was stopped
+    python -m extras.reproduce table4 --data ebhi --fractions .01 .1 1 --mpp 2 --tile 112
 
-Runs train.py where --out has no result of the same arguments, goes on with runs that were stopped,
-and writes tableN.md and .csv, fig6.md, .csv (and .png where matplotlib is), fig5, 7, 8.png there.
-Flags that are not known here go to train.py. The paper's figures are of CAMELYON: other data can
-only agree in which row is ahead.
+Names come first; flags that are not known here go to train.py, for all runs. A finished run is a
+row of runs.csv in --out, and tables are made of these rows alone: with that file they are printed
+again anywhere. Writes tableN.md, fig6.md and, of the checkpoints of seed 0, pictures. The paper's
+figures are of CAMELYON: other data can only agree in which row is ahead.
 """
+
 import argparse
 import csv
-import hashlib
 import json
+import multiprocessing
 import os
 import signal
-import statistics
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from functools import lru_cache
+from itertools import islice, product
 from pathlib import Path
-from types import SimpleNamespace
-from typing import NamedTuple
+from statistics import median
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 import data
 import evaluate
-import outline
-import predict
 import train
+from extras import baselines
+from extras.tables import PICTURES, markdown, tables
 
-BASE = {"quick": {"tile": 128, "mpp": 1.0, "width": 16, "lr": 1e-3, "epochs": 3,
-                  "pretrain-epochs": 1}, "full": {}}
-SECONDS = {"quick": 60, "full": 600}            # of a run, until one is done
-QUICK = 0, 0.01, 0.1, 0.5, 1                    # of the paper's fractions
-
-
-class Line(NamedTuple):
-    """A row of a table: for every column what the paper has, and the run that measures it."""
-    name: str
-    metric: str                 # of results.json
-    paper: list                 # of float or None
-    runs: list                  # of flags of train.py, or None
+OWN = "seed pixel-frac image-frac beta alpha cls-loss seg-loss label-unit out resume".split()
+DEFAULTS = {name.replace("_", "-"): value for name, value in vars(train.parse_args([])[0]).items()}
+FIGURES = "dsc", "iou", "accuracy", "dsc_cancer_tiles", "slide_dsc", "seconds"
+PANEL, PITCH, MARGIN, HEAD = 224, 230, 170, 30  # px of a picture
+GREEN, YELLOW = (0, 200, 0), (255, 230, 0)  # truth, prediction
 
 
-class Table(NamedTuple):
-    title: str
-    columns: list
-    lines: list
+def text(value):
+    return value if isinstance(value, str) else f"{value:g}"
 
 
-# ----------------------------------------------------------------------------------- what is run
-
-S, SC = {"image-frac": 0}, {}
-PICTURES = {"fig5": "table3", "fig7": "table6", "fig8": "table6"}       # and whose runs they show
-DEFAULTS = {"beta": 3, "alpha": 1.0, "cls-loss": "dwce", "seg-loss": "dwce", "image-frac": 1}
-LOSS_PAIRS = {"CE + CE": ("ce", "ce"), "CE + FW": ("ce", "fw"), "FW + FW": ("fw", "fw"),
-              "FW + DWF": ("fw", "dwce"), "DWF + DWF": ("dwce", "dwce")}
-METHODS = {"transfer learning": "transfer", "multi-task": "multitask", "multiple-instance": "mil",
-           "this method": "ours"}
-# Tables 4 to 7 as printed; the others have one pixel fraction, which the paper does not give.
-FRACTIONS = 0, 0.01, 0.05, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1
-S_DSC = .596, .641, .648, .728, .803, .836, .841, .849, .853, .859, .868
-SC_DSC = .685, .722, .731, .831, .835, .839, .844, .854, .855, .860, .871
-S_IOU = .425, .472, .480, .573, .671, .719, .727, .739, .745, .753, .767
-SC_IOU = .522, .566, .578, .692, .718, .724, .731, .746, .748, .755, .773
-COMPARED = 0, 0.01, 0.05, 0.1, 0.2, 0.5, 1
-METHOD_DSC = {"transfer": (.619, .626, .674, .724, .803, .839, .866),
-              "multitask": (.626, .634, .654, .751, .812, .829, .853),
-              "mil": (.583, .611, .636, .712, .800, .834, .857)}
-METHOD_IOU = {"transfer": (.449, .456, .509, .568, .671, .723, .764),
-              "multitask": (.456, .464, .487, .601, .683, .708, .743),
-              "mil": (.412, .440, .467, .553, .667, .716, .751)}
+def name_of(flags):
+    """The name of a run: its flags, those that say a default of train.py left out."""
+    said = sorted(k for k, v in flags.items() if k == "pixel-frac" or v != DEFAULTS.get(k))
+    return ",".join(f"{k}={text(flags[k])}" for k in said)
 
 
-def tables(budget):
-    """Name -> Table, of the fractions that `budget` runs."""
-    # Deviation: the paper does not give the pixel fraction of its Tables 1 to 3; here 10 %, its
-    # headline row.
-    def both(title, columns, dsc, iou, runs):
-        return Table(title, columns, [Line("DSC", "dsc", dsc, runs), Line("IoU", "iou", iou, runs)])
-
-    def at(fractions, flags, values=None):
-        chosen = [f for f in fractions if budget == "full" or f in QUICK]
-        # All masks are all masks, by tile or by slide: one run.
-        runs = [{k: v for k, v in flags.items() if (k, f) != ("label-unit", 1)}
-                | {"pixel-frac": f} for f in chosen]
-        paper = [values[fractions.index(f)] if values else None for f in chosen]
-        return paper, runs
-
-    def percent(fractions):
-        return [f"{100 * f:g} %" for f in fractions if budget == "full" or f in QUICK]
-
-    def groups(metric, s, sc):
-        return [Line("S", metric, *at(FRACTIONS, S, s)),
-                Line("S+C", metric, *at(FRACTIONS, SC, sc)),
-                Line("S+C, normal masks", metric, *at(FRACTIONS, {"normal-masks": True})),
-                Line("S, masks by slide", metric, *at(FRACTIONS, S | {"label-unit": "slide"})),
-                Line("S+C, masks by slide", metric, *at(FRACTIONS, {"label-unit": "slide"}))]
-
-    def methods(metric, s, sc, values):         # S and this method are of Tables 4 and 5
-        s, sc = ([row[FRACTIONS.index(f)] for f in COMPARED] for row in (s, sc))
-        values = values | {"ours": sc}
-        return [Line("S, of Table 4 or 5", metric, *at(COMPARED, S, s))] + [
-            Line(name, metric, *at(COMPARED, {"method": method} if method != "ours" else {},
-                                   values[method])) for name, method in METHODS.items()]
-
-    betas, alphas, base = [1, 2, 3, 4, 5, 6], [0.1, 0.2, 0.5, 0.8, 1.0], {"pixel-frac": 0.1}
-    n = [0, 0.1, 0.25, 0.5] if budget == "quick" else [0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5]
-    return {
-        "table1": both("at beta", betas, [.8431, .8437, .8479, .8450, .8423, .8419],
-                       [.7288, .7296, .7360, .7316, .7276, .7269],
-                       [base | {"beta": b} for b in betas]),
-        "table2": both("at alpha", alphas, [.8445, .8473, .8469, .8471, .8479],
-                       [.7309, .7351, .7344, .7347, .7360], [base | {"alpha": a} for a in alphas]),
-        "table3": both("with class + segmentation loss", list(LOSS_PAIRS),
-                       [.8411, .8415, .8425, .8438, .8479], [.7258, .7263, .7279, .7298, .7360],
-                       [base | {"cls-loss": c, "seg-loss": s} for c, s in LOSS_PAIRS.values()]),
-        "table4": Table("DSC at pixel labels on", percent(FRACTIONS), groups("dsc", S_DSC, SC_DSC)),
-        "table5": Table("IoU at pixel labels on", percent(FRACTIONS), groups("iou", S_IOU, SC_IOU)),
-        "table6": Table("DSC at pixel labels on", percent(COMPARED),
-                        methods("dsc", S_DSC, SC_DSC, METHOD_DSC)),
-        "table7": Table("IoU at pixel labels on", percent(COMPARED),
-                        methods("iou", S_IOU, SC_IOU, METHOD_IOU)),
-        "fig6": Table("accuracy at N", [f"{100 * i:g} %" for i in n], [
-            Line("S+C", "accuracy", [None] * len(n),
-                 [{"pixel-frac": round(1 - 2 * i, 4), "image-frac": i} if i else None for i in n]),
-            Line("S+C'", "accuracy", [None] * len(n),
-                 [{"pixel-frac": round(1 - 2 * i, 4), "image-frac": 0.5} for i in n]),
-            Line("S'+C", "accuracy", [None] * len(n),
-                 [{"pixel-frac": 1, "image-frac": i} if i else None for i in n])])}
+def settings(run):
+    """What all runs of a sweep share: arguments of train.py -> flags; of --data the last name."""
+    said = {name.replace("_", "-"): value for name, value in run.items()}
+    said["data"] = said["data"] and Path(said["data"]).resolve().name
+    said = {k: str(v) for k, v in said.items() if k not in (*OWN, "device", "workers")}
+    said = [f"--{k} {v}" for k, v in said.items() if v not in ("None", "False")]
+    return " ".join(said).replace(" True", "")
 
 
-# ----------------------------------------------------------------------------------- running it
-
-def runs_of(names, budget):
-    """The runs that these tables and figures need, each once: [flags]."""
-    needed = {}
-    for name in names:
-        for line in tables(budget)[PICTURES.get(name, name)].lines:
-            needed |= {run_name(flags): flags for flags in line.runs if flags is not None}
-    return list(needed.values())
+def runs_of(name, args):
+    """What a table or picture shows: {(name of a run, seed): flags}."""
+    table, seeds = tables(args.fractions)[name], range(1 if name in PICTURES else args.seeds)
+    runs = [table.run(row, column) for row in table.rows for column in table.columns]
+    return {(name_of(flags), seed): flags for seed in seeds for flags in runs}
 
 
-def run_name(flags):
-    """A run in words; flags that say a default of train.py are left out."""
-    return ",".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}"
-                    for k, v in sorted(flags.items()) if DEFAULTS.get(k) != v)
+def folder(args, run, seed):
+    return Path(args.out, "runs", f"{run},seed={seed}")
 
 
-def folder(args, flags, seed):
-    """The folder of a run. Other budgets, data or flags of train.py have other folders."""
-    base = BASE[args.budget] | {"data": args.data and os.path.abspath(args.data)}
-    key = hashlib.sha256(json.dumps([base, args.rest], sort_keys=True).encode()).hexdigest()[:8]
-    return Path(args.out, "runs", f"{args.budget}-{key}", f"{run_name(flags)},seed={seed}")
+def missing(name, args, rows):
+    """Those of `runs_of` without a row in runs.csv, or of a picture without its checkpoint."""
+
+    def done(run):
+        files = [folder(args, *run) / file for file in ("last.pt", "results.json")]
+        return run in rows and (name not in PICTURES or all(file.exists() for file in files))
+
+    return {run: flags for run, flags in runs_of(name, args).items() if not done(run)}
 
 
 def command(args, flags, seed):
-    """train.py's command line for a run; on, where a checkpoint of it is there."""
-    out = folder(args, flags, seed)
-    if (out / "last.pt").exists():
-        return ["--resume", str(out / "last.pt")]
-    flags = BASE[args.budget] | {"data": args.data, "out": out, "seed": seed} | flags
-    if flags.get("method") == "mil" and "lr" in flags:
-        flags["lr"] *= 5                                # as in its paper: 5e-4, ours has 1e-4
-    line = []
-    for name, value in flags.items():
-        if value is not None:
-            line += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return line + args.rest
+    """Arguments of train.main for a run or, with a method first, of baselines.main."""
+    out, own = folder(args, name_of(flags), seed), flags | {"seed": seed}
+    method = [own.pop("method")] if "method" in own else []
+    if method == ["mil"]:
+        own["lr"] = args.common.lr * baselines.MIL_LR
+    if not method and (out / "last.pt").exists():
+        own["resume"] = str(out / "last.pt")
+    return [*method, *args.rest, *(f"--{k}={text(v)}" for k, v in own.items()), f"--out={out}"]
 
 
-def result(args, flags, seed):
-    """results.json of a run, or None."""
-    path = folder(args, flags, seed) / "results.json"
-    return json.loads(path.read_text()) if path.exists() else None
+def start_worker():
+    """In a worker: slides are opened once, not for every run."""
+    kept = lru_cache(2)(data.tile_slides)  # where the split is drawn, each seed has its own slides
+    data.tile_slides = lambda sources, *scale: kept(tuple(sources), *scale)
 
 
-def carry_out(args, flags, seed):
-    """Run train.py unless it is done -> what to print."""
-    out, known = folder(args, flags, seed), result(args, flags, seed)
-    if known is None:
-        out.mkdir(parents=True, exist_ok=True)
-        script = Path(__file__).resolve().parent / "train.py"
-        with open(out / "train.log", "a") as log:
-            process = subprocess.Popen([sys.executable, script, *command(args, flags, seed)],
-                                       stdout=log, stderr=log)
-            args.running.append(process)
-            code = process.wait()
-        if code:
-            said = (out / "train.log").read_text().strip().split("\n")[-1]
-            return f"error: {out}: exit status {code}: {said}"
-        known = result(args, flags, seed)
-    return f"{out.name}: {evaluate.headline(known)}, {known['seconds']:.0f} s"
+def carry_out(argv, out, flags):
+    """One run, in a worker -> its FIGURES; where it failed, what was said."""
+    compared, last = argv[0] in baselines.METHODS, out / "last.pt"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").unlink(missing_ok=True)
+    with open(out / "train.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            if compared:  # these start anew
+                last.unlink(missing_ok=True)
+            elif last.exists() and settings(evaluate.load_checkpoint(last)["args"]) != flags:
+                raise data.DataError(f"{last} is not of {flags}; remove it, or give another --out")
+            (baselines if compared else train).main(argv)
+            found = json.loads((out / "results.json").read_text())
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            return f"{error}; see {log.name}"
+    found["slide_dsc"] = found["dsc_mean_of_slides"]
+    return {name: found[name] for name in FIGURES}
 
 
-# ------------------------------------------------------------------------------ tables and figures
+def read_rows(path, flags):
+    """runs.csv -> {(name of the run, seed): FIGURES}; DataError for rows of other settings."""
+    rows = {}
+    for row in csv.DictReader(path.read_text().splitlines() if path.exists() else []):
+        if row["flags"] != flags:
+            raise data.DataError(f"{path} is of {row['flags']}, not {flags}; give another --out")
+        figures = {name: float(row[name]) if row[name] else None for name in FIGURES}
+        rows[row["run"], int(row["seed"])] = figures
+    return rows
 
-def measure(table, results):
-    """The metric of every run: {line: [[a value per seed] per column]}; `results(flags)` -> [dict].
 
-    Runs that are missing, and accuracies of branches that nothing trained, are left out.
+def add_row(path, run, figures, flags):
+    lines = [] if path.exists() else [["run", "seed", *FIGURES, "flags"]]
+    values = ["" if figures[k] is None else f"{figures[k]:.6g}" for k in FIGURES]
+    with open(path, "a", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([*lines, [*run, *values, flags]])
+
+
+def carry_out_all(args, todo):
+    """Carry out {(name, seed): flags} in --jobs processes, seed after seed -> how many failed."""
+    os.environ.setdefault("OMP_NUM_THREADS", f"{max(1, os.cpu_count() // args.jobs)}")
+    spawn, runs, failed = multiprocessing.get_context("spawn"), {}, 0
+    with ProcessPoolExecutor(args.jobs, spawn, start_worker) as pool:
+        try:
+            for run in sorted(todo, key=lambda run: run[1]):
+                what = command(args, todo[run], run[1]), folder(args, *run), args.flags
+                runs[pool.submit(carry_out, *what)] = run
+            for n, future in enumerate(as_completed(runs), 1):
+                run, found = runs[future], future.result()
+                if isinstance(found, dict):
+                    add_row(args.rows, run, found, args.flags)
+                    found = "  ".join(f"{k} {v:.4g}" for k, v in found.items() if v is not None)
+                else:
+                    failed += 1
+                print(f"{n}/{len(runs)} {run[0]},seed={run[1]}: {found}", flush=True)
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a second Ctrl-C
+            for worker in multiprocessing.active_children():
+                worker.terminate()  # a checkpoint is whole at any moment
+            sys.exit("interrupted; the same command goes on")
+    return failed
+
+
+def write_table(name, args, rows):
+    """NAME.md of the rows of runs.csv -> its text."""
+
+    def measured(flags, metric):
+        found = {k: rows.get((name_of(flags), k), {}).get(metric) for k in range(args.seeds)}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    here = Path(args.data).resolve().name if args.data else "synthetic slides"
+    caption = f"Paper: CAMELYON. Here: {here}, `python -m extras.reproduce {name} {args.flags}`."
+    content = markdown(tables(args.fractions)[name], measured, caption)
+    Path(args.out, f"{name}.md").write_text(content, encoding="utf-8")
+    return content
+
+
+def choose(name, tiles, rows, score):
+    """Which of the cancer tiles `rows` a picture shows, by a rule: no one has looked at them.
+
+    fig7, small lesions: least tumour, wholly inside its tile where there is such; fig8, large: most
+    below 90 %; else at the 25th, 50th and 75th percentile. `score`: share of tumour; strip: DSC.
     """
-    def values(line, flags):
-        found = results(flags) if flags is not None else []
-        return [r[line.metric] for r in found if r and r[line.metric] is not None]
-
-    return {line.name: [values(line, flags) for flags in line.runs] for line in table.lines}
-
-
-def mean_sd(values):
-    """[] -> "", [.5] -> "0.500", [.5, .6] -> "0.550 +- 0.071": the sample's deviation."""
-    if not values:
-        return ""
-    text = f"{statistics.mean(values):.3f}"
-    return text + (f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+    order = np.argsort(score, kind="stable").tolist()
+    if name == "fig7":
+        edges = ((n, tiles[rows[n], 0][1]) for n in order)
+        inside = (n for n, m in edges if not (m[[0, -1]].any() or m[:, [0, -1]].any()))
+        order = [*islice(inside, 3)] or order[:3]
+    elif name == "fig8":
+        order = [n for n in order if score[n] < 0.9][:-4:-1] or order[:3]
+    else:
+        order = [order[round(q * (len(order) - 1))] for q in (0.25, 0.5, 0.75)]
+    return rows[order]
 
 
-def gaps(lines):
-    """Of the gap between S at a fraction and S at 100 %, the share that image labels close.
+def write_picture(name, args):
+    """NAME.png: tile | truth | prediction of every column, seed 0, for three test tiles."""
+    table, common = tables(args.fractions)[name], args.common
+    sources = data.find_slides(args.data, seed=0)
+    tiles = data.tile_slides(sources, common.tile, common.mpp, common.level)
+    rows = np.flatnonzero(~tiles.table["train"] & (tiles.table["label"] == data.CANCER))
+    score, models = tiles.table["tumour"][rows], {}
+    for cell in product(table.rows, table.columns):
+        flags = table.run(*cell)
+        load = baselines.load if "method" in flags else evaluate.load
+        models[cell] = model, run = load(folder(args, name_of(flags), seed=0) / "last.pt")
+    if name == "strip":  # the last is S+C
+        score = [evaluate.dsc_iou(c[None])[0] for c in evaluate.count(model, tiles, rows, run)]
 
-    {name: [value or None per column]}, S first -> the same without S. None where there is no gap
-    worth the name, below .02.
-    """
-    if not lines:
-        return {}
-    (_, s), *others = lines.items()
-
-    def share(x, low):
-        return None if None in (x, low, s[-1]) or s[-1] - low < 0.02 else (x - low) / (s[-1] - low)
-
-    return {name: [share(x, low) for x, low in zip(values, s)] for name, values in others}
-
-
-def write_table(path, table, measured, caption):
-    """`path`.md and .csv: the paper's row above ours; in Tables 4 to 7 the gap that is closed."""
-    means = {name: [statistics.mean(v) if v else None for v in values]
-             for name, values in measured.items()}
-    rows = []
-    for line in table.lines:
-        if any(value is not None for value in line.paper):
-            rows.append([f"{line.name}, paper", *line.paper])
-        rows.append([f"{line.name}, here", *map(mean_sd, measured[line.name])])
-    if table.lines[0].runs[0] == S | {"pixel-frac": 0}:
-        paper = {line.name: line.paper for line in table.lines if line.paper[0] is not None}
-        tile = {name: values for name, values in means.items() if "slide" not in name}
-        slide = {name: values for name, values in means.items() if "slide" in name}
-        for whose, lines in (("paper", paper), ("here", tile), ("here", slide)):
-            rows += [[f"{name} closes, {whose}", *shares] for name, shares in gaps(lines).items()]
-    rows = [[cell if isinstance(cell, str) else "" if cell is None
-             else f"{cell:.0%}" if "closes" in row[0] else f"{cell:.4f}".removesuffix("0")
-             for cell in row] for row in rows]
-    head = [table.title, *map(str, table.columns)]
-    text = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
-    with data.atomic(f"{path}.md", "w") as file:
-        file.write("\n".join([*text, "", caption, ""]))
-    with data.atomic(f"{path}.csv", "w") as file:
-        out = csv.writer(file, lineterminator="\n")
-        out.writerow(["row", "column", "metric", "paper", "mean", "sd", "n", "values"])
-        for line in table.lines:
-            for column, paper, values in zip(table.columns, line.paper, measured[line.name]):
-                sd = statistics.stdev(values) if len(values) > 1 else None
-                mean = statistics.mean(values) if values else None
-                out.writerow([line.name, column, line.metric, paper, mean, sd, len(values),
-                              " ".join(f"{value:.6g}" for value in values)])
+    lines = []
+    for n, row in product(choose(name, tiles, rows, score), table.rows):
+        (image, mask, _), where = tiles[n, 0], tiles.table[n]
+        panels = [panel(image, mask * 0, GREEN), panel(image, mask, GREEN)]
+        for model, run in (models[row, column] for column in table.columns):
+            found = evaluate.predict(model, image[None].to(run.device), run.amp)[0][0] > 0.5
+            panels.append(panel(image, found.cpu(), YELLOW))
+        slide = Path(tiles.sources[where["slide"]].name).stem
+        lines.append((f"{row}\n{slide}\nx {where['x']}, y {where['y']}".strip(), panels))
+    path = Path(args.out, f"{name}.png")
+    draw(["tile", "truth", *table.columns], lines).save(path)
+    return path
 
 
-def plot(path, table, measured):
-    """A line plot, where matplotlib happens to be installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    pyplot.figure(figsize=(6, 4))
-    for name, values in measured.items():
-        points = [(float(column.split()[0]), statistics.mean(v))
-                  for column, v in zip(table.columns, values) if v]
-        pyplot.plot(*zip(*points), marker="o", label=name)
-    pyplot.xlabel("N, %"), pyplot.ylabel("accuracy"), pyplot.legend()
-    pyplot.savefig(path, dpi=120)
-    pyplot.close()
+def panel(image, mask, colour):
+    """A tile (3, T, T) with the border of a mask (T, T) -> a picture of PANEL x PANEL px."""
+    image = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((PANEL, PANEL))
+    mask = Image.fromarray(mask.numpy().astype(np.uint8)).resize((PANEL, PANEL), Image.NEAREST)
+    return Image.fromarray(evaluate.draw_outline(np.asarray(image), mask, colour))
 
 
-def lesion_tiles(index):
-    """Test tiles with lesions, by the lesion's area, smallest first: [row of index.tiles].
-
-    A lesion is shown by the tile that has most of it, or of its border where it fills tiles.
-    """
-    found = {}
-    for n, (source, slide) in enumerate(zip(index.sources, index.slides)):
-        rows = np.flatnonzero(index.tiles["slide"] == n)
-        if source.split != "test" or not source.xml or not len(rows):
-            continue
-        level, side = slide.levels[index.tiles["level"][rows[0]]], index.tile
-        xy = np.stack([index.tiles[axis][rows] // level.downsample for axis in "xy"], 1)
-        for ring in outline.trace(t for t, in evaluate.strips(level, index.annotations[n])):
-            lesion = data.Annotation(outline.to_polygons([ring._replace(parent=-1)],
-                                                         level.downsample))
-            near = ((xy < ring.xy.max(0)) & (xy + side > ring.xy.min(0))).all(1)
-            shown = [(lesion.mask(x, y, side, side, level.downsample).sum(), row)
-                     for (x, y), row in zip(xy[near].tolist(), rows[near].tolist())]
-            if shown and not ring.is_hole:
-                _, row = max((min(m, side * side - m), row) for m, row in shown)
-                found[row] = max(ring.area, found.get(row, 0))
-    return sorted(found, key=found.get)
+def draw(heads, lines):
+    """A picture of `lines` [(text, panels)], with `heads` over the panels."""
+    width, height = MARGIN + PITCH * len(heads), HEAD + PITCH * len(lines)
+    picture = Image.new("RGB", (width, height), "white")
+    for column, head in enumerate(heads):
+        ImageDraw.Draw(picture).text((MARGIN + column * PITCH, 6), head, "black", font_size=16)
+    for line, (said, panels) in enumerate(lines):
+        ImageDraw.Draw(picture).text((6, HEAD + line * PITCH), said, "black", font_size=14)
+        for column, one in enumerate(panels):
+            picture.paste(one, (MARGIN + column * PITCH, HEAD + line * PITCH))
+    return picture
 
 
-def write_pictures(path, blocks, index):
-    """Lines of tile | truth | predictions. `blocks` has a tile's row of index.tiles, and its lines:
-
-    [(row, [(name of the line, [(name of the panel, checkpoint), ...]), ...]), ...]
-    """
-    side, pitch, left = index.tile, index.tile + 8, 110
-    across = max(len(panels) for _, lines in blocks for _, panels in lines)
-    high = sum(len(lines) * pitch + 24 for _, lines in blocks)
-    picture = Image.new("RGB", (left + (across + 2) * pitch, high), "white")
-    pen, y, models = ImageDraw.Draw(picture), 0, {}
-    for row, lines in blocks:
-        image, mask, _, _ = data.Tiles(index)[row]
-        for n, (name, panels) in enumerate(lines):
-            pen.text((4, y + 24 + side // 2), name, fill="black")
-            cells = [("tile", image.permute(1, 2, 0).numpy()), ("truth", mask.numpy() * 255)]
-            for above, checkpoint in panels:
-                if checkpoint not in models:
-                    models[checkpoint] = predict.load(checkpoint, SimpleNamespace(device="cpu"))[:2]
-                    models[checkpoint][0].eval()
-                p = predict.probabilities(models[checkpoint][0], image[None], models[checkpoint][1])
-                cells.append((above, (p[0][0].numpy() > 0.5) * np.uint8(255)))
-            for m, (above, cell) in enumerate(cells):
-                if n == 0:
-                    pen.text((left + m * pitch + 4, y + 6), above, fill="black")
-                x = left + m * pitch
-                picture.paste(Image.fromarray(cell), (x, y + 24))
-                pen.rectangle((x - 1, y + 23, x + side, y + 24 + side), outline=(128,) * 3)
-            y += pitch
-        y += 24
-    with data.atomic(path, "wb") as file:
-        picture.save(file, "PNG")
-
-
-def blocks_of(name, args, index):
-    """What `write_pictures` shows for fig5, fig7, fig8, of seed 0."""
-    table = tables(args.budget)[PICTURES[name]]
-    rows = lesion_tiles(index)
-    small, large = rows[:(len(rows) + 1) // 2], rows[-3:]
-    chosen = {"fig5": rows[len(rows) // 8::max(1, len(rows) // 4)][:4],         # of all sizes
-              "fig7": small[::max(1, len(small) // 3)][:3], "fig8": large}[name]
-
-    def panels(line):
-        return [(str(column), folder(args, flags, 0) / "last.pt")
-                for column, flags in zip(table.columns, line.runs)]
-
-    lines = table.lines[:1] if name == "fig5" else table.lines[1:]      # without S
-    return [(row, [("" if name == "fig5" else line.name, panels(line)) for line in lines])
-            for row in chosen]
-
-
-def write(name, args):
-    """The files of a table or figure."""
-    path = Path(args.out) / name
-    if name in PICTURES:
-        first = runs_of([name], args.budget)[0]
-        _, run, _ = predict.load(folder(args, first, 0) / "last.pt", SimpleNamespace(device="cpu"))
-        index = evaluate.load_index(run)
-        write_pictures(f"{path}.png", blocks_of(name, args, index), index)
-        return [f"{path}.png"]
-    table = tables(args.budget)[name]
-    measured = measure(table, lambda flags: [result(args, flags, k) for k in range(args.seeds)])
-    caption = (f"Paper: CAMELYON16. Here: {args.data or 'synthetic slides'}, --budget {args.budget}"
-               f"{''.join(f' {flag}' for flag in args.rest)}, n = {args.seeds} seed"
-               f"{'s, mean +- sd' if args.seeds > 1 else ''}.")
-    write_table(path, table, measured, caption)
-    if name == "fig6":
-        plot(f"{path}.png", table, measured)
-    return [f"{path}.md", f"{path}.csv"]
+def parse_args(argv, names):
+    """Command line -> arguments; `rest` is train.py's, `common` how it reads them."""
+    said = {"description": __doc__, "usage": "python -m extras.reproduce NAME... [flags]"}
+    said["formatter_class"] = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(**said, allow_abbrev=False)
+    add = parser.add_argument
+    add("names", nargs="+", metavar="NAME", help=f"{', '.join(names)}, or all")
+    add("--data", help="folder of slides (default: synthetic slides)")
+    add("--out", default="results", help="folder of runs.csv, tables, pictures, runs (results)")
+    add("--seeds", type=int, default=3, help="seeds 0, 1, ..., at most 10 (3)")
+    add("--fractions", type=float, nargs="+", help="shares of masks, in place of the paper's")
+    add("--jobs", type=int, default=1, help="runs at a time; 0 writes what runs.csv has (1)")
+    add("--list", action="store_true", help="print the runs of each name, and run nothing")
+    args, args.rest = parser.parse_known_args(argv)
+    unknown = [name for name in args.names if name not in (*names, "all")]
+    if unknown:
+        parser.error(f"{', '.join(unknown)}: give some of {', '.join(names)}, or all, first")
+    if clash := {flag[2:].split("=")[0] for flag in args.rest} & set(OWN):
+        parser.error(f"--{sorted(clash)[0]} is what the runs differ in; leave it out")
+    fractions = sorted(set(args.fractions or [1]))
+    if not (0 <= fractions[0] and 0 < fractions[-1] <= 1 <= args.seeds <= 10):
+        parser.error("--fractions are shares, one above 0; --seeds 1 to 10")
+    args.fractions = args.fractions and fractions
+    args.names = names if "all" in args.names else args.names
+    args.rest += ["--data", args.data] if args.data else []
+    args.common, _ = train.parse_args(args.rest)
+    args.flags = settings(vars(args.common))
+    args.rows = Path(args.out, "runs.csv")
+    return args
 
 
 def main(argv=None):
-    names = [*tables("quick"), *PICTURES]
-    parser = argparse.ArgumentParser(description=__doc__, usage="reproduce.py NAME... [flags]",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help=f"{', '.join(names)}, or all")
-    add("--budget", choices=tuple(BASE), default="quick", help="quick is for 2 CPU cores; full has "
-        "all fractions of the paper and train.py's own settings, for a GPU (default quick)")
-    add("--data", help="folder of slides (default: synthetic slides)")
-    add("--seeds", type=data.number(int, 1), default=1, help="seeds 0, 1, ... (default 1)")
-    add("--out", default="results", help="folder of tables, figures and runs (default results)")
-    add("--jobs", type=data.number(int, 1), default=1, help="runs at a time; on a CPU each has its "
-        "share of the cores (default 1)")
-    add("--list", action="store_true", help="print what each costs, and run nothing")
-    args, args.rest = parser.parse_known_args(argv)
-    unknown = [name for name in args.names if name not in [*names, "all"]]
-    if unknown or not args.names and not args.list:
-        parser.error(f"{', '.join(unknown) or 'no name'}: give some of {', '.join(names)}, or all")
-    chosen = names if "all" in args.names or not args.names else list(dict.fromkeys(args.names))
-    seeds = range(args.seeds)
-    jobs = [(args, flags, seed) for seed in seeds for flags in runs_of(chosen, args.budget)]
-    own = {name for flags in runs_of(names, "full") for name in flags} | {"seed", "out", "resume"}
-    if clash := own & {flag[2:].split("=")[0] for flag in args.rest}:
-        parser.error(f"--{sorted(clash)[0]} is what the runs differ in; leave it out")
-    fresh = [job for job in jobs if not (folder(*job) / "last.pt").exists()]
-    if fresh:
-        train.parse(command(*fresh[0]))                 # flags that are wrong are wrong for all
-    done = [known["seconds"] for job in jobs if (known := result(*job))]
-    each = (statistics.median(done) if done else SECONDS[args.budget]) / args.jobs
+    args = parse_args(argv, [*tables()])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else workers go on alone
+    rows = read_rows(args.rows, args.flags)
+    lacking = {name: missing(name, args, rows) for name in args.names}
     if args.list:
-        for name in [*chosen, *["together"] * (len(chosen) > 1)]:
-            runs = [(args, flags, seed) for seed in seeds
-                    for flags in runs_of([name] if name in names else chosen, args.budget)]
-            missing = sum(result(*run) is None for run in runs)
-            print(f"{name}: {len(runs)} runs, {missing} missing, about {missing * each / 60:.0f} "
-                  f"minutes ({'median of those done' if done else 'a guess, none is done yet'})")
+        minutes = median([row["seconds"] for row in rows.values()] or [0]) / 60
+        for name, runs in lacking.items():
+            about = f", about {len(runs) * minutes / max(1, args.jobs):.0f} minutes" * bool(rows)
+            print(f"{name}: {len(runs_of(name, args))} runs, {len(runs)} missing{about}")
         return
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // args.jobs)))
-    failed, args.running = 0, []
-    pool = ThreadPoolExecutor(args.jobs)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        for n, line in enumerate(pool.map(lambda job: carry_out(*job), jobs), 1):
-            failed += line.startswith("error: ")
-            print(f"{n}/{len(jobs)} {line}", flush=True)
-    except KeyboardInterrupt:
-        pool.shutdown(wait=False, cancel_futures=True)          # no further run starts
-        for process in args.running if os.name == "posix" else []:      # else it would kill them
-            process.terminate()                 # they save and end; those that have do not mind
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-    for name in chosen:
-        if all(result(args, flags, k) for flags in runs_of([name], args.budget) for k in seeds):
-            print(*write(name, args), sep="\n", flush=True)
+    args.rows.parent.mkdir(parents=True, exist_ok=True)
+    todo = {run: flags for runs in lacking.values() for run, flags in runs.items()}
+    failed = carry_out_all(args, todo) if todo and args.jobs else 0
+    rows = read_rows(args.rows, args.flags)
+    for name in args.names:
+        if name not in PICTURES:
+            print(write_table(name, args, rows))
+        elif not missing(name, args, rows):
+            print(write_picture(name, args))
     if failed:
-        raise data.DataError(f"{failed} of {len(jobs)} runs failed, and what shows them was not "
-                             "written; mend what is said above and give the same command: what is "
-                             "done is not done again")
+        raise data.DataError(f"{failed} of {len(todo)} runs failed; give the same command again")
 
 
 if __name__ == "__main__":
-    data.run(main)
+    main()

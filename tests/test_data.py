@@ -1,21 +1,18 @@
-"""Slides, annotations, tiles: slow oracles for the fast forms, and every kind of odd file."""
-import io
-import math
+"""Annotations, slides of a folder, tiles, labels: slow oracles for the fast forms, odd folders."""
+
+import csv
 import multiprocessing
-import os
-import shutil
-import subprocess
+import signal
 import sys
+from multiprocessing import util
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tifffile
 import torch
-from PIL import Image
 
 import data
-import synthetic
+from extras import synthetic
 
 XML = Path(__file__).parent / "data"
 SQUARE = np.array([(10, 10), (30, 10), (30, 30), (10, 30)], float)
@@ -23,9 +20,16 @@ SQUARE = np.array([(10, 10), (30, 10), (30, 30), (10, 30)], float)
 
 # -------------------------------------------------------------------------------------- annotation
 
-@pytest.mark.parametrize("name, tumour, exclusions", [
-    ("patient_010_node_4", 73, 1), ("patient_015_node_2", 2, 0), ("test_010", 2, 0),
-    ("test_066", 21, 0)])
+
+@pytest.mark.parametrize(
+    "name, tumour, exclusions",
+    [
+        ("patient_010_node_4", 73, 1),
+        ("patient_015_node_2", 2, 0),
+        ("test_010", 2, 0),
+        ("test_066", 21, 0),
+    ],
+)
 def test_original_files_keep_areas_and_skip_dots_rulers_and_rings_of_two(name, tumour, exclusions):
     annotation = data.read_annotation(XML / f"{name}.xml")
     kinds = [is_tumour for _, is_tumour in annotation.polygons]
@@ -33,41 +37,130 @@ def test_original_files_keep_areas_and_skip_dots_rulers_and_rings_of_two(name, t
     assert all(len(xy) >= 3 for xy, _ in annotation.polygons)
 
 
-def write_xml(path, *rings):
-    """Rings are (group, type, xy)."""
+def write_xml(path, *rings, groups=(), order=None):
+    """Rings are (group, type, xy), groups {name: group that it is in}; -> `path`."""
     body = ""
     for group, kind, xy in rings:
-        points = "".join(f'<Coordinate X="{x}" Y="{y}"/>' for x, y in xy)
-        body += (f'<Annotation Name="a" Type="{kind}" PartOfGroup="{group}">'
-                 f"<Coordinates>{points}</Coordinates></Annotation>")
-    path.write_text(f"<ASAP_Annotations>{body}</ASAP_Annotations>")
+        points = [f'X="{x}" Y="{y}"' for x, y in xy]
+        if order is not None:
+            points = [f'Order="{n}" {p}' for n, p in zip(order, points, strict=True)]
+        points = "".join(f"<Coordinate {p}/>" for p in points)
+        group = "" if group is None else f'PartOfGroup="{group}"'
+        body += (
+            f'<Annotation Name="a" Type="{kind}" {group}>'
+            f"<Coordinates>{points}</Coordinates></Annotation>"
+        )
+    tree = "".join(f'<Group Name="{a}" PartOfGroup="{b}"/>' for a, b in dict(groups).items())
+    tree = f"<AnnotationGroups>{tree}</AnnotationGroups>"
+    text = f"<ASAP_Annotations><Annotations>{body}</Annotations>{tree}</ASAP_Annotations>"
+    path.write_text(text)
     return path
 
 
 @pytest.mark.parametrize("tumour", ["_0", "_1", "Tumor", "metastases"])
 @pytest.mark.parametrize("exclusion", ["_2", "Exclusion", "normal"])
 def test_exclusions_are_cleared_whatever_the_order_of_the_file(tmp_path, tumour, exclusion):
-    hole = (exclusion, "Polygon", SQUARE / 2 + 10)
-    path = write_xml(tmp_path / "a.xml", hole, (tumour, "Spline", SQUARE),
-                     ("None", "Polygon", SQUARE + 20))
+    """In the order of the file, test_113 gains 4.6 % of tumour."""
+    hole, ruler = (exclusion, "Polygon", SQUARE / 2 + 10), ("None", "Dot", SQUARE[:1])
+    path = write_xml(tmp_path / "a.xml", hole, (tumour, "Spline", SQUARE), ruler)
     mask = data.read_annotation(path).mask(0, 0, 64, 64)
     assert mask.sum() == 20 * 20 - 10 * 10 and mask[12, 12] == 1 and mask[20, 20] == 0
 
 
-def test_annotations_in_each_other_are_read_in_no_time(tmp_path):
+def test_points_are_put_by_their_order(tmp_path):
+    """ASAP sorts them: a file that another tool has shuffled is a square there, here an eight."""
+    shuffled = [2, 0, 3, 1]
+    path = write_xml(tmp_path / "a.xml", ("_0", "Polygon", SQUARE[shuffled]), order=shuffled)
+    assert data.read_annotation(path).mask(0, 0, 64, 64).sum() == 20 * 20
+    path = write_xml(tmp_path / "a.xml", ("_0", "Polygon", SQUARE))  # without: as they stand
+    assert data.read_annotation(path).mask(0, 0, 64, 64).sum() == 20 * 20
+
+
+@pytest.mark.parametrize("order", [[10, 2, 1, 0], [0.5, 0.25, -1, -2]])
+def test_the_order_is_one_of_numbers(tmp_path, order):
+    """As texts, "10" comes before "2"."""
+    path = write_xml(tmp_path / "a.xml", ("_0", "Polygon", SQUARE), order=order)
+    ((xy, _),) = data.read_annotation(path).polygons
+    assert np.array_equal(xy, SQUARE[::-1])
+
+
+def test_a_group_in_a_known_one_is_of_that_one(tmp_path):
+    """ASAP nests groups; `macro` in `metastases` was refused as unknown."""
+    groups = {"macro": "metastases", "deep": "macro", "fat": "exclusion", "metastases": "None"}
+    rings = [("deep", "Polygon", SQUARE), ("fat", "Polygon", SQUARE / 2)]
+    rings += [("macro", "Polygon", SQUARE + 30)]
+    annotation = data.read_annotation(write_xml(tmp_path / "a.xml", *rings, groups=groups))
+    assert [is_tumour for _, is_tumour in annotation.polygons] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    "groups", [{"a": "b", "b": "a"}, {"a": "a"}, {"a": "b", "b": "c", "c": "b"}]
+)
+def test_groups_in_a_ring_end_and_are_unknown(tmp_path, groups):
+    with pytest.raises(data.DataError, match="a.xml"):
+        path = write_xml(tmp_path / "a.xml", ("a", "Polygon", SQUARE), groups=groups)
+        data.read_annotation(path)
+
+
+@pytest.mark.parametrize(
+    "ring, kind",
+    [
+        (("None", "Polygon", SQUARE), "Polygon"),
+        ((None, "Spline", SQUARE), "Spline"),
+        (("_0", "Dot", SQUARE[:1]), "Dot"),
+        (("_0", "Rectangle", SQUARE[:2]), "Rectangle"),
+        (("_0", "Polygon", SQUARE[:0]), "Polygon"),
+    ],
+)
+def test_a_file_whose_shapes_are_all_skipped_is_not_one_of_a_normal_slide(tmp_path, ring, kind):
+    """One forgotten group once made all 58 tiles of a tumour slide normal, without a word."""
+    with pytest.raises(data.DataError, match=f"a.xml.*3 {kind}"):
+        data.read_annotation(write_xml(tmp_path / "a.xml", *[ring] * 3))
+
+
+def test_a_file_without_any_shape_is_one_of_a_normal_slide(tmp_path, capsys):
+    path = write_xml(tmp_path / "a.xml", groups={"metastases": "None"})
+    assert data.read_annotation(path).polygons == []
+    assert data.read_annotation(path).mask(0, 0, 9, 9).sum() == 0 and not capsys.readouterr().err
+
+
+def test_outlines_that_were_put_in_no_group_are_warned_of(tmp_path, capsys):
+    rings = [("_0", "Polygon", SQUARE), ("None", "Polygon", SQUARE), (None, "Spline", SQUARE)]
+    annotation = data.read_annotation(write_xml(tmp_path / "a.xml", *rings))
+    said = capsys.readouterr().err
+    assert len(annotation.polygons) == 1 and said.count("\n") == 1 and "a.xml" in said
+    data.read_annotation(write_xml(tmp_path / "a.xml", *rings[:1], ("None", "Dot", SQUARE[:1])))
+    assert not capsys.readouterr().err  # a mark beside outlines is none of them
+
+
+def test_an_unknown_group_is_refused_not_taken_as_normal(tmp_path):
+    with pytest.raises(data.DataError, match="a.xml.*necrosis"):
+        data.read_annotation(write_xml(tmp_path / "a.xml", ("necrosis", "Polygon", SQUARE)))
+
+
+@pytest.mark.parametrize("count", [3, 10**5])
+def test_annotations_in_each_other_are_read_or_refused_in_no_time(tmp_path, count):
     """Looking below every Annotation for its points took minutes for 100,000 of them."""
-    body = "<Annotation>" * 10 ** 5 + "</Annotation>" * 10 ** 5
+    body = "<Annotation>" * count + "</Annotation>" * count
     (tmp_path / "a.xml").write_text(f"<ASAP_Annotations>{body}</ASAP_Annotations>")
-    assert data.read_annotation(tmp_path / "a.xml").polygons == []
-
-
-@pytest.mark.parametrize("text", [
-    "<ASAP_Annotations><Annotations>", "", "<Annotations/>",
-    '<!DOCTYPE a [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><a>&b;</a>'])
-def test_broken_or_foreign_xml_is_named(tmp_path, text):
-    (tmp_path / "a.xml").write_text(text)
     with pytest.raises(data.DataError, match="a.xml"):
         data.read_annotation(tmp_path / "a.xml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<ASAP_Annotations><Annotations>",
+        "",
+        "<Annotations/>",
+        '<!DOCTYPE a [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><a>&b;</a>',
+    ],
+)
+def test_broken_or_foreign_xml_is_named(tmp_path, text):
+    (tmp_path / "a.xml").write_text(text)
+    with pytest.raises(data.DataError, match="a.xml") as caught:
+        data.read_annotation(tmp_path / "a.xml")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "1e30", "", "x"])
@@ -77,17 +170,12 @@ def test_coordinates_that_are_no_pixels_are_refused(tmp_path, value):
         data.read_annotation(path)
 
 
-def test_an_unknown_group_is_refused_not_taken_as_normal(tmp_path):
-    with pytest.raises(data.DataError, match="necrosis"):
-        data.read_annotation(write_xml(tmp_path / "a.xml", ("necrosis", "Polygon", SQUARE)))
-
-
 def slow_winding(xy, w, h):
     """Dan Sunday's winding number, point by point and edge by edge."""
     out = np.zeros((h, w), int)
     for y in range(h):
         for x in range(w):
-            for (x1, y1), (x2, y2) in zip(xy.tolist(), np.roll(xy, -1, 0).tolist()):
+            for (x1, y1), (x2, y2) in zip(xy.tolist(), np.roll(xy, -1, 0).tolist(), strict=True):
                 left = (x2 - x1) * (y - y1) - (x - x1) * (y2 - y1)
                 if y1 <= y < y2 and left > 0:
                     out[y, x] += 1
@@ -98,13 +186,17 @@ def slow_winding(xy, w, h):
 
 RNG = np.random.default_rng(0)
 T = np.linspace(0, 4 * np.pi, 40, endpoint=False)
-RINGS = {"random": RNG.uniform(-5, 25, (12, 2)),
-         "integers": RNG.integers(-3, 23, (15, 2)).astype(float),
-         "halves": RNG.integers(-6, 46, (15, 2)) / 2,
-         "twice round": np.stack([10.3 + 8 * np.cos(T), 9.2 + 7 * np.sin(T)], 1),
-         "eight": np.stack([10.3 + 8 * np.sin(T / 2), 9.2 + 7 * np.sin(T)], 1),
-         "square": SQUARE / 3, "outside": SQUARE + 100, "around": (SQUARE - 20) * 9,
-         "flat": np.array([(0, 5), (9, 5), (4, 5.)])}
+RINGS = {
+    "random": RNG.uniform(-5, 25, (12, 2)),
+    "integers": RNG.integers(-3, 23, (15, 2)).astype(float),
+    "halves": RNG.integers(-6, 46, (15, 2)) / 2,
+    "twice round": np.stack([10.3 + 8 * np.cos(T), 9.2 + 7 * np.sin(T)], 1),
+    "eight": np.stack([10.3 + 8 * np.sin(T / 2), 9.2 + 7 * np.sin(T)], 1),
+    "square": SQUARE / 3,
+    "outside": SQUARE + 100,
+    "around": (SQUARE - 20) * 9,
+    "flat": np.array([(0, 5), (9, 5), (4, 5.0)]),
+}
 
 
 @pytest.mark.parametrize("name", RINGS)
@@ -122,395 +214,477 @@ def test_mask_of_a_tile_is_the_union_of_its_rings_less_exclusions(downsample):
     for wanted in (True, False):
         for xy, is_tumour in rings:
             if is_tumour == wanted:
-                slow[slow_winding((xy + .5) / downsample - .5 - (x, y), w, h) != 0] = wanted
+                slow[slow_winding((xy + 0.5) / downsample - 0.5 - (x, y), w, h) != 0] = wanted
     fast = data.Annotation(rings).mask(x, y, w, h, downsample)
     assert np.array_equal(fast, slow) and 0 < slow.sum() < slow.size
 
 
-# -------------------------------------------------------------------------------------------- TIFF
-
-def jpeg_without_app14(image, **options):
-    """A JPEG whose colour space only the TIFF tag knows, as Aperio writes it."""
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=90, **options)
-    raw = file.getvalue()
-    at = raw.find(b"\xff\xee")
-    return raw if at < 0 else raw[:at] + raw[at + 2 + int.from_bytes(raw[at + 2:at + 4], "big"):]
+# ---------------------------------------------------------------------------- slides of a folder
 
 
-@pytest.fixture(params=["YCbCr", "RGB"])
-def written(request, tmp_path, monkeypatch):
-    """A slide of 300 x 200 px with one absent tile -> path, what its pixels must be."""
-    rng = np.random.default_rng(2)
-    small = Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8))
-    picture = np.array(small.resize((300, 200), Image.BICUBIC))
-    picture[:128, 128:256] = 255
-    options = {"keep_rgb": True} if request.param == "RGB" else {}
-    truth = np.full((200, 300, 3), 255, np.uint8)
-
-    def tiles(image):
-        out = []
-        for y in range(0, image.height, 128):
-            for x in range(0, image.width, 128):
-                tile = Image.new("RGB", (128, 128), "white")
-                right, below = min(x + 128, image.width), min(y + 128, image.height)
-                tile.paste(image.crop((x, y, right, below)))
-                marked = io.BytesIO()
-                tile.save(marked, "JPEG", quality=90, **options)    # with APP14, so Pillow knows
-                absent = np.asarray(tile).min() == 255
-                out.append(b"" if absent else jpeg_without_app14(tile, **options))
-                if image.size == (300, 200) and not absent:
-                    part = truth[y:y + 128, x:x + 128]
-                    part[:] = np.asarray(Image.open(marked))[:part.shape[0], :part.shape[1]]
-        return b"\xff\xd8\xff\xd9", out          # no shared tables: each tile has its own
-
-    monkeypatch.setattr(synthetic, "TIFF_TILE", 128)
-    monkeypatch.setattr(synthetic, "jpeg_tiles", tiles)
-    synthetic.write_slide(tmp_path / "a", picture, [], mpp=0.25)
-    if request.param == "RGB":
-        patch_pages(tmp_path / "a.tif", PhotometricInterpretation=2)
-    return tmp_path / "a.tif", truth
+def touch(folder, *names):
+    """Empty files; `find_slides` opens tables alone."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
 
 
-def test_colours_are_those_of_the_tiff_tag_and_absent_tiles_white(written):
-    path, truth = written
-    slide = data.Slide(path)
-    assert np.array_equal(slide.read(0, 0, 0, 300, 200), truth)
-    assert slide.levels[0].counts[1] == 0 and (truth[:128, 128:256] == 255).all()
-    assert slide.mpp == pytest.approx(0.25)
-    assert [lv.downsample for lv in slide.levels] == [1, 2, 4, 8]
+def found(root, seed=0):
+    """{name of a slide: (its XML below the root or None, its split)}."""
+    return {
+        s.name: (s.xml and s.xml.relative_to(root).as_posix(), s.split)
+        for s in data.find_slides(root, seed)
+    }
 
 
-def test_a_region_is_the_same_wherever_it_starts_and_white_beyond_the_edge(written):
-    path, truth = written
-    slide = data.Slide(path)
-    padded = np.pad(truth, ((400, 400), (400, 400), (0, 0)), constant_values=255)
-    for x, y, w, h in [(0, 0, 128, 128), (100, 60, 150, 90), (-50, -70, 200, 100),
-                       (250, 150, 100, 90), (300, 0, 20, 20), (-90, 10, 80, 10), (127, 127, 2, 2),
-                       (-10, -10, 330, 230)]:
-        wanted = padded[400 + y:400 + y + h, 400 + x:400 + x + w]
-        assert np.array_equal(slide.read(0, x, y, w, h), wanted)
+OUTLINES = ["lesion_annotations", "lesion_annotations/lesion_annotations"]  # zips unpack so or so
+PARENTS = ["", "CAMELYON/", "my data/CAMELYON/"]
 
 
-@pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.6, 0.9, 0.999])
-def test_a_truncated_file_fails_at_open_not_at_tile_10_000(written, share, tmp_path):
-    raw = written[0].read_bytes()
-    (tmp_path / "cut.tif").write_bytes(raw[:int(share * len(raw))])
-    with pytest.raises(data.DataError, match="cut.tif"):
-        data.Slide(tmp_path / "cut.tif")
+@pytest.mark.parametrize("parent", PARENTS)
+@pytest.mark.parametrize("outlines", OUTLINES)
+def test_camelyon16_is_read_as_it_is_shipped(slides, tmp_path, capsys, outlines, parent):
+    """The test set was drawn anew from all slides: each official test slide was trained on."""
+    links = {
+        "training/normal/normal_001.tif": "train/normal_005.tif",
+        "training/tumor/tumor_001.tif": "train/synthetic_000.tif",
+        f"training/{outlines}/tumor_001.xml": "train/synthetic_000.xml",
+        "testing/images/test_001.tif": "test/synthetic_008.tif",
+        f"testing/{outlines}/test_001.xml": "test/synthetic_008.xml",
+        "testing/images/test_002.tif": "train/normal_005.tif",
+        "testing/images/test_003.tif": "train/normal_005.tif",  # in no table
+        "testing/evaluation_masks/test_001_mask.tif": "test/synthetic_008.tif",
+    }
+    for name, target in links.items():
+        (tmp_path / parent / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / parent / name).symlink_to(slides / target)
+    table = "test_001,Tumor,IDC,Macro\ntest_002,Normal,None,None\n"  # without a header
+    (tmp_path / parent / "testing/reference.csv").write_text(table)
+    wanted = {
+        f"{parent}training/normal/normal_001.tif": (None, "train"),
+        f"{parent}training/tumor/tumor_001.tif": (
+            f"{parent}training/{outlines}/tumor_001.xml",
+            "train",
+        ),
+        f"{parent}testing/images/test_001.tif": (
+            f"{parent}testing/{outlines}/test_001.xml",
+            "test",
+        ),
+        f"{parent}testing/images/test_002.tif": (None, "test"),
+    }
+    assert found(tmp_path) == wanted
+    said = capsys.readouterr()
+    assert "split" in said.out and "folders" in said.out and "test_003.tif" in said.err
+    tiles = data.tile_slides(data.find_slides(tmp_path), 64, 1.0)
+    cancer = tiles.table[tiles.table["label"] == data.CANCER]
+    assert {tiles.sources[n].path.stem for n in cancer["slide"]} == {"tumor_001", "test_001"}
 
 
-def test_tiles_without_tables_decode_with_the_shared_ones(tmp_path):
-    """The tables of streamtype 1 in front of the tile of streamtype 2 are one whole JPEG."""
-    rng = np.random.default_rng(4)
-    small = Image.fromarray(rng.integers(0, 256, (25, 25, 3), np.uint8))
-    picture = np.array(small.resize((200, 200)))
-    synthetic.write_slide(tmp_path / "a", picture, [])
-    whole, tile = io.BytesIO(), Image.new("RGB", (256, 256), "white")
-    tile.paste(Image.fromarray(picture))
-    tile.save(whole, "JPEG", quality=80)
-    read = data.Slide(tmp_path / "a.tif").read(0, 0, 0, 200, 200)
-    assert np.array_equal(read, np.asarray(Image.open(whole))[:200, :200])
+@pytest.mark.parametrize("table", ["training/stage_labels.csv", "stages.csv"])
+@pytest.mark.parametrize("parent", PARENTS)
+@pytest.mark.parametrize("outlines", OUTLINES)
+def test_camelyon17_is_read_as_it_is_shipped(tmp_path, capsys, outlines, parent, table):
+    """Its testing/ has no labels: the split is drawn, by patient, from training/."""
+    rows, wanted = ["patient,stage"], {}
+    for patient in range(6):
+        rows.append(f"patient_{patient:03}.zip,pN1")
+        for node in range(2):
+            name = f"patient_{patient:03}_node_{node}"
+            slide = f"{parent}training/center_{patient // 3}/{name}.tif"
+            touch(tmp_path, slide, f"{parent}testing/patient_10{patient}_node_{node}.tif")
+            rows.append(f"{name}.tif,{('negative', 'macro')[node]}")
+            wanted[slide] = None
+            if node:
+                wanted[slide] = f"{parent}training/{outlines}/{name}.xml"
+                touch(tmp_path, wanted[slide])
+    (tmp_path / parent / table).write_text("\n".join(rows))
+    sources = found(tmp_path)
+    assert {name: xml for name, (xml, _) in sources.items()} == wanted
+    split = {name[-22:-11]: side for name, (_, side) in sources.items()}
+    assert sorted(split.values()) == ["test"] + ["train"] * 5
+    assert all(side == split[name[-22:-11]] for name, (_, side) in sources.items())
+    said = capsys.readouterr()
+    assert "seed 0" in said.out and "patient_100_node_0.tif" in said.err and "12" in said.err
 
 
-def patch_pages(path, **tags):
-    with tifffile.TiffFile(path, mode="r+b") as tif:
-        for k in range(len(tif.pages)):
-            for name, value in tags.items():
-                tif.pages[k].tags[name].overwrite(value)
+@pytest.mark.parametrize(
+    "train, test", [("TRAINING", "Testing"), ("Train", "test"), ("x/train", "y/TEST")]
+)
+def test_folders_train_and_test_are_the_split_in_any_case(tmp_path, capsys, train, test):
+    for folder in (train, test, "other"):
+        touch(
+            tmp_path,
+            *(f"{folder}/{folder[0]}{n}.{suffix}" for n in range(4) for suffix in ("tif", "xml")),
+        )
+    split = {name: side for name, (_, side) in found(tmp_path).items()}
+    assert split == {f"{train}/{train[0]}{n}.tif": "train" for n in range(4)} | {
+        f"{test}/{test[0]}{n}.tif": "test" for n in range(4)
+    }
+    said = capsys.readouterr()
+    assert "folders" in said.out and all(f"other/o{n}.tif" in said.err for n in range(4))
 
 
-def test_a_file_cut_after_a_page_is_truncated_not_a_smaller_pyramid(written, tmp_path):
-    """libtiff writes every page behind its tiles: a cut file opens, with fewer levels."""
-    raw = written[0].read_bytes()
-    with tifffile.TiffFile(written[0]) as tif:
-        starts = [tif.pages[k].offset for k in range(1, len(tif.pages))]
-    for start in starts:
-        (tmp_path / "cut.tif").write_bytes(raw[:start])
-        with pytest.raises(data.DataError, match="cut.tif: truncated"):
-            data.Slide(tmp_path / "cut.tif")
-
-
-@pytest.mark.parametrize("text, mpp", [
-    ("Aperio Image Library|AppMag = 40|MPP = 0.2527|", 0.2527), ("Aperio|MPP = 0|", None),
-    ('<DataObject ObjectType="DPUfsImport"><Attribute Name="DICOM_PIXEL_SPACING" Group="0x0028">'
-     "&quot;0.000227&quot; &quot;0.000227&quot;</Attribute></DataObject>", 0.227)])
-def test_resolution_is_found_where_scanners_write_it(tmp_path, text, mpp):
-    page = type("Page", (), {"description": text, "tags": {}})
-    assert data.Slide._mpp([page]) == pytest.approx(mpp)
-
-
-def test_philips_levels_are_halves_by_their_order_whatever_their_padding(tmp_path, monkeypatch):
-    """Padded to whole tiles, 300 px over the 256 px of level 1 is no ratio of 2."""
-    monkeypatch.setattr(synthetic, "TIFF_TILE", 128)
-    original = tifffile.TiffWriter.write
-
-    def padded(self, tiles, **options):
-        h, w, _ = options["shape"]
-        options["shape"] = (-(-h // 128) * 128, -(-w // 128) * 128, 3)
-        return original(self, tiles, description="DPUfsImport", **options)
-
-    monkeypatch.setattr(tifffile.TiffWriter, "write", padded)
-    synthetic.write_slide(tmp_path / "a", np.zeros((384, 640, 3), np.uint8), [])
-    levels = data.Slide(tmp_path / "a.tif").levels
-    assert [(lv.width, lv.height, lv.downsample) for lv in levels] == [
-        (640, 384, 1), (320, 192, 2), (160, 96, 4), (80, 48, 8)]
-
-
-def test_other_kinds_of_tiff_are_refused_with_what_they_are(tmp_path):
-    image = np.zeros((64, 64, 3), np.uint8)
-    for name, match, options in [
-            ("striped", "striped", {}),
-            ("deflate", "DEFLATE", {"tile": (32, 32), "compression": "zlib"})]:
-        tifffile.imwrite(tmp_path / f"{name}.tif", image, photometric="rgb", **options)
-        with pytest.raises(data.DataError, match=f"{name}.tif.*{match}"):
-            data.Slide(tmp_path / f"{name}.tif")
-    for name, raw in (("text", b"no picture"), ("empty", b"")):
-        (tmp_path / f"{name}.tif").write_bytes(raw)
-        with pytest.raises(data.DataError, match=f"{name}.tif"):
-            data.Slide(tmp_path / f"{name}.tif")
-    with pytest.raises(data.DataError, match="missing.tif"):
-        data.Slide(tmp_path / "missing.tif")
-
-
-@pytest.mark.parametrize("tag", ["ImageWidth", "ImageLength", "TileWidth", "TileLength"])
-@pytest.mark.parametrize("size", [0, 10 ** 9])
-def test_sizes_that_cannot_be_are_refused_before_memory_is_taken(written, tag, size):
-    patch_pages(written[0], **{tag: size})
-    with pytest.raises(data.DataError, match="a.tif"):
-        data.Slide(written[0])
-
-
-def test_jpeg_2000_is_refused_by_its_name(written):
-    patch_pages(written[0], Compression=33005)
-    with pytest.raises(data.DataError, match="JP2000"):
-        data.Slide(written[0])
-
-
-def test_a_damaged_tile_is_named(written):
-    path, _ = written
-    before = data.Slide(path)
-    with open(path, "r+b") as file:
-        file.seek(before.levels[0].offsets[0])
-        file.write(bytes(50))
-    with pytest.raises(data.DataError, match="a.tif: tile 0"):
-        data.Slide(path).read(0, 0, 0, 10, 10)
-    with pytest.raises(data.DataError, match="a.tif: changed"):    # not what its index is of
-        before.read(0, 0, 0, 10, 10)
-
-
-def test_the_level_is_the_nearest_in_um_per_px_or_the_one_asked_for(written):
-    slide = data.Slide(written[0])
-    assert [slide.nearest_level(mpp) for mpp in (0.1, 0.25, 0.34, 0.37, 1, 9)] == [0, 0, 0, 1, 2, 3]
-    slide.mpp = None
-    assert slide.nearest_level(0.5, 1) == 1
-    for level in (None, 4):
-        with pytest.raises(data.DataError, match="--level"):
-            slide.nearest_level(0.5, level)
-
-
-def test_tissue_is_found_where_it_is(written):
-    slide = data.Slide(written[0])
-    share = data.tissue_share(slide, 0, 64)
-    assert share.shape == (4, 5) and (share[:2, 2:4] < 0.05).all() and (share[:2, :2] > 0.5).all()
-
-
-# ------------------------------------------------------------------------ slides, tiles, fractions
-
-def index_of(slides, tile=64, **options):
-    return data.index_tiles(data.find_slides(slides), tile, 1.0, **options)
-
-
-def test_tiles_cover_the_grid_and_their_share_is_that_of_their_mask(slides):
-    index = index_of(slides)
-    assert len(index.tiles) > 100
-    for row in range(0, len(index.tiles), 17):
-        image, mask, label, back = data.Tiles(index)[row]
-        t = index.tiles[row]
-        assert image.shape == (3, 64, 64) and mask.shape == (64, 64) and back == row
-        assert mask.float().mean() == pytest.approx(t["tumour"]) and label == t["label"]
-        assert t["label"] == (1 if t["tumour"] > .05 else -1 if t["tumour"] > 0 else 0)
-        assert t["x"] % 128 == t["y"] % 128 == 0 and t["level"] == 1
-
-
-def test_the_index_is_kept_while_all_it_depends_on_is_the_same(slides, tmp_path, monkeypatch):
-    cache, copy = tmp_path / "index.npz", tmp_path / "slides"
-    shutil.copytree(slides, copy)
-    index = index_of(copy)
-    data.write_index(index, cache)
-    monkeypatch.setattr(data, "tiles_of", None)             # no tile is looked for again
-    again = index_of(copy, cache=cache)
-    assert np.array_equal(index.tiles, again.tiles) and again.fingerprint() == index.fingerprint()
-    assert [tuple(lost) for lost in again.dropped] == index.dropped
-    for options in ({"tile": 128}, {"cancer_share": 0.1}):
-        with pytest.raises(TypeError, match="NoneType"):
-            index_of(copy, cache=cache, **options)
-    for path in (next(copy.rglob("*.xml")), next(copy.rglob("*.tif"))):
-        before = path.stat()
-        path.write_bytes(path.read_bytes())                 # the same, but who knows
-        with pytest.raises(TypeError, match="NoneType"):
-            index_of(copy, cache=cache)
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    index_of(copy, cache=cache)
-    cache.write_bytes(cache.read_bytes()[:-30])
-    with pytest.raises(data.DataError, match="index.npz"):
-        index_of(copy, cache=cache)
+def test_one_folder_of_the_two_is_no_split(tmp_path, capsys):
+    touch(tmp_path, *(f"training/a{n}.{suffix}" for n in range(11) for suffix in ("tif", "xml")))
+    split = [side for _, side in found(tmp_path).values()]
+    assert sorted(split) == ["test"] * 2 + ["train"] * 9
+    assert "seed 0" in capsys.readouterr().out
+    other = [side for _, side in found(tmp_path, seed=1).values()]
+    assert other != split and sorted(other) == sorted(split)
 
 
 def test_no_slide_is_on_both_sides_and_patients_stay_together(tmp_path):
+    rows = []
     for patient in range(11):
         for node in range(3):
-            (tmp_path / f"patient_{patient:03}_node_{node}.tif").touch()
+            name = f"patient_{patient:03}_node_{node}"
+            touch(tmp_path, f"{name}.tif")
             if patient % 2 and node == 1:
-                (tmp_path / f"patient_{patient:03}_node_{node}.xml").touch()
+                touch(tmp_path, f"{name}.xml")
+            else:
+                rows.append(f"{name}.tif,negative\n")
+    (tmp_path / "stage_labels.csv").write_text("patient,stage\n" + "".join(rows))
     for seed in range(5):
-        sources = data.find_slides(tmp_path, seed, unlabelled_is_normal=True)
-        train, test = ({s.name[:11] for s in sources if s.split == split}
-                       for split in ("train", "test"))
-        assert len(sources) == 33 and not train & test and len(test) == 2
+        sources = data.find_slides(tmp_path, seed)
+        sides = [{s.name[:11] for s in sources if s.split == split} for split in ("train", "test")]
+        assert len(sources) == 33 and not set.intersection(*sides) and len(sides[1]) == 2
         assert {s.split for s in sources if s.xml} == {"train", "test"}
 
 
 def test_copies_of_a_slide_stay_on_one_side(tmp_path):
     for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        for n in range(12):
-            (tmp_path / folder / f"tumor_{n:03}.tif").touch()
-            (tmp_path / folder / f"tumor_{n:03}.xml").touch()
+        touch(tmp_path, *(f"{folder}/tumor_{n:03}.{s}" for n in range(12) for s in ("tif", "xml")))
     sources = data.find_slides(tmp_path)
-    assert not ({s.path.stem for s in sources if s.split == "train"}
-                & {s.path.stem for s in sources if s.split == "test"})
+    sides = [{s.path.stem for s in sources if s.split == split} for split in ("train", "test")]
+    assert not set.intersection(*sides) and all(sides)
 
 
-def test_folders_train_and_test_are_the_split_and_a_patient_in_both_is_named(tmp_path, capsys):
-    for split, node in (("train", 0), ("test", 1), ("other", 2)):
-        (tmp_path / split).mkdir()
-        (tmp_path / split / f"patient_007_node_{node}.tif").touch()
-    sources = data.find_slides(tmp_path, unlabelled_is_normal=True)
-    assert [(s.name.split("/")[0], s.split) for s in sources] == [("test",) * 2, ("train",) * 2]
-    assert "patient_007" in (said := capsys.readouterr().err) and "other/" in said
+def test_a_patient_on_both_sides_is_named(tmp_path, capsys):
+    for split, node in (("train", 0), ("test", 1)):
+        touch(tmp_path, *(f"{split}/patient_007_node_{node}.{s}" for s in ("tif", "xml")))
+        touch(tmp_path, *(f"{split}/patient_01{node}_node_0.{s}" for s in ("tif", "xml")))
+    assert {side for _, side in found(tmp_path).values()} == {"train", "test"}
+    said = capsys.readouterr().err
+    assert "patient_007" in said and "patient_01" not in said
 
 
 def test_a_slide_without_xml_is_normal_only_where_that_is_known(tmp_path, capsys):
-    for name in ("tumor_001.tif", "deep/er/Normal_002.TIFF", "patient_003_node_1.tif", "x_004.svs",
-                 "tumor_001_mask.tif", ".hidden.tif"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "annotations").mkdir()
-    (tmp_path / "annotations/tumor_001.xml").touch()
-    (tmp_path / "stage_labels.csv").write_text("patient,stage\npatient_003.zip,pN0\n"
-                                               "patient_003_node_1.tif,negative\nx_004.tif,micro\n")
-    names = {s.path.stem: s.xml for s in data.find_slides(tmp_path)}
-    assert set(names) == {"tumor_001", "Normal_002", "patient_003_node_1"} and names["tumor_001"]
-    assert "1 slides left out" in (said := capsys.readouterr().err) and "x_004.svs" in said
-    assert len(data.find_slides(tmp_path, unlabelled_is_normal=True)) == 4
+    known = ["deep/er/Normal_002.TIFF", "patient_003_node_1.tif", "mine.svs", "test_002.tif"]
+    unknown = ["x_004.svs", "patient_003_node_2.tif", "abnormal.tif", "y.tif"]
+    touch(tmp_path, *known, *unknown, "tumor_001.tif", "annotations/tumor_001.xml")
+    touch(tmp_path, "tumor_001_mask.tif", "tumor_001_likelihood_map.tif", ".hidden.tif")
+    (tmp_path / "stage_labels.csv").write_text(
+        "patient,stage\npatient_003.zip,pN0\npatient_003_node_1.tif,negative\nx_004.tif,micro\n"
+    )
+    (tmp_path / "stages.csv").write_text("\ufeffpatient,stage\r\nmine.svs,Negative\r\n")
+    (tmp_path / "deep/reference.csv").write_text("test_001,Tumor,IDC\ntest_002,Normal,None\n")
+    sources = {name: xml for name, (xml, _) in found(tmp_path).items()}
+    assert sources == dict.fromkeys(known) | {"tumor_001.tif": "annotations/tumor_001.xml"}
+    said = capsys.readouterr().err
+    assert all(name in said for name in unknown) and "mask" not in said and "hidden" not in said
+
+
+def test_an_xml_belongs_to_the_slide_beside_it(tmp_path, capsys):
+    """Another hospital's HE_0.tif, normal, took this one's outlines: 7 cancer tiles on it."""
+    touch(tmp_path, "a/HE_0.tif", "a/HE_0.XML", "b/HE_0.tif", "b/y.tif", "b/Y.xml", "old/y.xml")
+    xmls = {name: xml for name, (xml, _) in found(tmp_path).items()}
+    assert xmls == {"a/HE_0.tif": "a/HE_0.XML", "b/y.tif": "b/Y.xml"}
+    assert "b/HE_0.tif" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "names, beside",
+    [
+        (["a/x.tif", "b/x.tif", "outlines/x.xml"], []),
+        (["x.tif", "x.svs", "x.xml"], []),
+        (["x.tif", "a/x.xml", "b/x.xml"], []),
+        (["x.tif", "X.TIF", "outlines/X.xml"], []),
+        (["b/x.tif", "b/x.svs", "b/x.xml"], ["a/x.tif", "a/x.xml"]),
+    ],
+)
+def test_an_xml_that_may_be_of_two_slides_is_refused_and_all_are_named(tmp_path, names, beside):
+    with pytest.raises(data.DataError) as caught:
+        data.find_slides(touch(tmp_path, *names, *beside))
+    assert all(str(tmp_path / name) in str(caught.value) for name in names)
+    assert not any(str(tmp_path / name) in str(caught.value) for name in beside)
+
+
+def test_predictions_are_never_taken_for_annotations(tmp_path):
+    """Training on its own answers: predict.py writes NAME_pred.xml beside NAME.tif."""
+    touch(tmp_path, "x.tif", "x_pred.xml", "y.tif", "y.xml", "y_pred.xml", "x_likelihood_map.tif")
+    assert found(tmp_path) == {"y.tif": ("y.xml", "train")}
+
+
+def test_links_are_followed_and_no_folder_comes_twice(tmp_path):
+    """`ln -s . latest` once made forty copies of each slide."""
+    elsewhere = touch(tmp_path / "disk", "b.tif", "b.xml")
+    root = touch(tmp_path / "data", "deep/a.tif", "deep/a.xml")
+    (root / "latest").symlink_to(".")
+    (root / "deep/up").symlink_to("..")
+    (root / "again").symlink_to("deep")
+    (root / "more").symlink_to(elsewhere)
+    (root / "c.tif").symlink_to(elsewhere / "b.tif")
+    (root / "c.xml").symlink_to(elsewhere / "b.xml")
+    assert set(found(root)) == {"deep/a.tif", "more/b.tif", "c.tif"}
+
+
+def test_a_folder_without_slides_and_a_missing_one_are_named(tmp_path):
+    touch(tmp_path, "empty/x.xml", "empty/x_mask.tif", "empty/x.png")
+    for folder in ("empty", "missing"):
+        with pytest.raises(data.DataError, match=folder):
+            data.find_slides(tmp_path / folder)
 
 
 def test_slides_not_outlined_in_full_are_named(tmp_path, capsys):
-    for name in ("tumor_010", "tumor_011"):
-        (tmp_path / f"{name}.tif").touch(), (tmp_path / f"{name}.xml").touch()
-    data.find_slides(tmp_path)
-    assert "tumor_010.tif" in (said := capsys.readouterr().err) and "tumor_011" not in said
+    names = ("tumor_010", "tumor_011", "test_114")
+    found(touch(tmp_path, *(f"{name}.{s}" for name in names for s in ("tif", "xml"))))
+    said = capsys.readouterr().err
+    assert "tumor_010.tif" in said and "test_114.tif" in said and "tumor_011" not in said
+
+
+# ------------------------------------------------------------------------------------------- tiles
+
+
+@pytest.fixture(scope="module")
+def tiles(slides):
+    return data.tile_slides(data.find_slides(slides), 64, 1.0)
+
+
+def test_tiles_cover_the_grid_and_their_share_is_that_of_their_mask(tiles):
+    assert len(tiles.table) > 100
+    for row in range(0, len(tiles.table), 17):
+        image, mask, label = tiles[row, 0]
+        t = tiles.table[row]
+        slide, annotation = tiles.slides[t["slide"]], tiles.annotations[t["slide"]]
+        x, y = t["x"] // 2, t["y"] // 2
+        assert t["x"] % 128 == t["y"] % 128 == 0 and t["level"] == 1
+        assert np.array_equal(image, slide.read(1, x, y, 64, 64).transpose(2, 0, 1))
+        assert np.array_equal(mask, annotation.mask(x, y, 64, 64, 2))
+        share = mask.float().mean().item()
+        assert share == pytest.approx(t["tumour"]) and label == t["label"]
+        assert label == (1 if share > 0.05 else -1 if share > 0 else 0)
+
+
+def test_flips_and_turns_move_image_and_mask_together(tiles):
+    row = int(np.argmax((tiles.table["tumour"] > 0.2) & (tiles.table["tumour"] < 0.8)))
+    image, mask, _ = tiles[row, 0]
+    both = torch.cat([image, mask[None]])
+    views = [torch.rot90(v, turns, (1, 2)) for v in (both, both.flip(2)) for turns in range(4)]
+    seen = []
+    for turn in range(8):
+        image, mask, _ = tiles[row, turn]
+        both = torch.cat([image, mask[None]])
+        seen += [n for n, view in enumerate(views) if torch.equal(both, view)]
+    assert sorted(seen) == list(range(8)) and seen[0] == 0
+
+
+def painted(path, width, height, tissue):
+    """A slide that is tissue in its first `tissue` columns, else glass -> Slide."""
+    image = np.full((height, width, 3), 240, np.uint8)
+    image[:, :tissue] = (160, 90, 150)
+    synthetic.write_slide(path, image, [])
+    return data.Slide(path.with_suffix(".tif"))
+
+
+def test_tissue_is_the_share_of_coloured_pixels(tmp_path):
+    share = data.tissue_share(painted(tmp_path / "a", 256, 192, 96), 0, 64)
+    assert share == pytest.approx(np.tile([1, 0.5, 0, 0], (3, 1)), abs=0.1)
+    share = data.tissue_share(painted(tmp_path / "b", 512, 512, 192), 1, 64)  # 1/2
+    assert share == pytest.approx(np.tile([1, 0.5, 0, 0], (4, 1)), abs=0.1)
+
+
+def test_a_square_over_the_edge_counts_as_its_part_on_the_slide(tmp_path):
+    """Tissue along the right and lower edges was dropped: glass was added where no slide is."""
+    share = data.tissue_share(painted(tmp_path / "a", 576, 320, 544), 0, 256)
+    assert share.shape == (2, 3)
+    assert share == pytest.approx(np.tile([1, 1, 0.5], (2, 1)), abs=0.15)
+
+
+def test_a_slide_smaller_than_a_tile_is_one_tile(tmp_path):
+    slide = painted(tmp_path / "a", 40, 24, 40)
+    found, dropped = data.tiles_of(slide, data.Annotation(), 0, 64)
+    assert found == [(0, 0, 0.0, data.NORMAL)] and dropped == 0
+
+
+def test_an_empty_slide_stays_empty_and_one_without_glass_whole(tmp_path):
+    """Otsu alone splits whatever it gets in two: the noise of glass, or two kinds of tissue."""
+    noise = np.random.default_rng(0).integers(0, 5, (256, 256, 3))
+    for colour, wanted in ((240, 0), ((160, 90, 150), 1)):
+        synthetic.write_slide(tmp_path / "a", (noise + colour).astype(np.uint8), [])
+        share = data.tissue_share(data.Slide(tmp_path / "a.tif"), 0, 64)
+        assert (share == wanted).all(), wanted
+
+
+def test_outlines_off_the_slide_are_refused_or_warned_of(tmp_path, capsys):
+    """An XML of another slide or level leaves tumour tiles that are called normal."""
+    painted(tmp_path / "a", 256, 256, 256)
+    source = data.Source("a.tif", tmp_path / "a.tif", tmp_path / "a.xml", "train")
+    on, off = (("_0", "Polygon", SQUARE + shift) for shift in (100, 1000))
+    beside = ("_0", "Polygon", SQUARE - (0, 50))
+    write_xml(tmp_path / "a.xml", off, beside)
+    with pytest.raises(data.DataError, match="a.xml.*2 of 2.*a.tif"):
+        data.tile_slides([source], 64, 0.5)
+    assert not capsys.readouterr().err
+    write_xml(tmp_path / "a.xml", on, off)
+    data.tile_slides([source], 64, 0.5)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "a.xml" in said and "1 of 2" in said
+    write_xml(tmp_path / "a.xml", on, ("_2", "Polygon", SQUARE + 1000))  # what is cleared: no harm
+    data.tile_slides([source], 64, 0.5)
+    assert not capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------ labels
 
 
 @pytest.mark.parametrize("unit", ["tile", "slide"])
-def test_fractions_are_nested_and_keep_a_tile_of_each_class(slides, unit):
-    index, before = index_of(slides), None
-    for fraction in (0, .01, .1, .25, .5, .75, 1):
-        pool = data.choose_labels(index, fraction, fraction, unit, seed=3)
-        t = index.tiles
-        assert not (t["pixel"] | t["image"])[~t["train"]].any()
-        assert {0, 1} <= set(t["label"][t["pixel"]].tolist())
-        assert set(t["label"][t["image"]].tolist()) == ({0, 1} if fraction else set())
-        for name in ("pixel", "image"):
-            assert before is None or not (before[name] & ~t[name]).any()
+def test_fractions_are_nested_and_keep_a_tile_of_each_class(tiles, unit):
+    """A subset drawn anew for each ratio leaves 10 % that is not inside 20 %."""
+    label, train, before = tiles.table["label"], tiles.table["train"], [set(), set()]
+    for fraction in (0, 0.01, 0.1, 0.25, 0.5, 0.75, 1):
+        pool, masks, images = data.choose_labels(tiles, fraction, fraction, unit, seed=3)
+        assert train[pool].all() and {*masks, *images} <= {*pool}
+        assert {0, 1} <= set(label[masks].tolist())
+        assert set(label[images].tolist()) == ({0, 1} if fraction else set())
+        assert before[0] <= {*masks} and before[1] <= {*images}
         if unit == "tile" and fraction:
-            assert abs(t["pixel"].sum() - fraction * len(pool)) <= 2
-        if unit == "slide":                 # whole slides, but for the one tile of each class
-            shares = [t["pixel"][pool][t["slide"][pool] == n].mean() for n in set(t["slide"][pool])]
+            assert abs(len(masks) - fraction * len(pool)) <= 2
+        if unit == "slide":  # whole slides, but for the one tile of each class
+            of, used = tiles.table["slide"][pool], np.isin(pool, masks)
+            shares = [used[of == n].mean() for n in np.unique(of)]
             assert sum(0 < share < 1 for share in shares) <= 2
-        before = t.copy()
-    assert t["pixel"][pool].all() and (t["image"] == (t["label"] >= 0))[pool].all()
-    cancer, normal = ((t["train"] & (t["label"] == kind)).sum() for kind in (1, 0))
-    assert (t["label"][pool] == 1).sum() == cancer
-    assert (t["label"][pool] == 0).sum() == min(cancer, normal)
+        before = [{*masks}, {*images}]
+    assert before == [{*pool}, {*pool[label[pool] != data.AMBIGUOUS]}]
+    cancer, normal = ((train & (label == kind)).sum() for kind in (data.CANCER, data.NORMAL))
+    assert (label[pool] == data.CANCER).sum() == cancer
+    assert (label[pool] == data.NORMAL).sum() == min(cancer, normal)
 
 
-def test_another_seed_labels_other_tiles(slides):
-    index, chosen = index_of(slides), []
-    for seed in (0, 0, 1):
-        data.choose_labels(index, .1, 1, seed=seed)
-        chosen.append(index.tiles["pixel"].copy())
-    assert np.array_equal(chosen[0], chosen[1]) and not np.array_equal(chosen[0], chosen[2])
+def test_another_seed_labels_other_tiles(tiles):
+    chosen = [data.choose_labels(tiles, 0.1, 1, seed=seed)[1].tolist() for seed in (0, 0, 1)]
+    assert chosen[0] == chosen[1] != chosen[2]
 
 
-def test_flips_and_turns_move_image_and_mask_together(slides):
-    index = index_of(slides)
-    row = int(np.argmax((index.tiles["tumour"] > .2) & (index.tiles["tumour"] < .8)))
-    dataset = data.Tiles(index)
-    image, mask, _, _ = dataset[row]
-    both = torch.cat([image, mask[None]])
-    views = [torch.rot90(v, turns, (1, 2)) for v in (both, both.flip(2)) for turns in range(4)]
-    seen = set()
-    for position in range(60):
-        a, m, _, _ = dataset[position, row]
-        hits = [n for n, v in enumerate(views) if torch.equal(torch.cat([a, m[None]]), v)]
-        assert len(hits) == 1
-        seen.update(hits)
-        assert torch.equal(dataset[position, row][0], a)
-    assert seen == set(range(8))
+@pytest.mark.parametrize(
+    "label, split", [(data.CANCER, True), (data.NORMAL, True), (data.CANCER, False)]
+)
+def test_a_missing_class_is_refused(tiles, label, split):
+    table = tiles.table[(tiles.table["label"] != label) | (tiles.table["train"] != split)]
+    less = data.Tiles(tiles.sources, tiles.slides, tiles.annotations, 64, table, tiles.dropped)
+    with pytest.raises(data.DataError, match="cancer|normal"):
+        data.choose_labels(less, 1, 1)
 
 
-@pytest.mark.parametrize("context", multiprocessing.get_all_start_methods())
-def test_workers_give_the_same_tiles_as_none(slides, context):
-    """A TiffFile opened before the fork gives wrong tiles; a dataset's own RNG, equal ones."""
-    index = index_of(slides)
-    batches = data.Batches(np.arange(40), 8, (0, 1), range(7))
-    a, b = ([[t.clone() for t in batch] for batch in torch.utils.data.DataLoader(
-        data.Tiles(index), batch_sampler=batches, num_workers=n,
-        multiprocessing_context=context if n else None)] for n in (0, 2))
-    assert all(torch.equal(s, t) for x, y in zip(a, b) for s, t in zip(x, y)) and len(a) == 7
+def test_tiles_csv_says_what_was_used(tiles, tmp_path):
+    pool, masks, labels = data.choose_labels(tiles, 0.3, 0.6)
+    data.write_tiles(tmp_path / "tiles.csv", tiles, masks, labels)
+    with open(tmp_path / "tiles.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0])[:4] == ["slide", "x", "y", "level"] and len(rows) == len(tiles.table)
+    for name, used in (("mask_used", masks), ("label_used", labels)):
+        assert [n for n, row in enumerate(rows) if row[name] in ("1", "True")] == used.tolist()
+    for row, tile in zip(rows, tiles.table, strict=True):
+        assert row["slide"] == tiles.sources[tile["slide"]].name
+        assert (int(row["x"]), int(row["y"])) == (tile["x"], tile["y"])
+        assert float(row["tumour"]) == tile["tumour"] and int(row["label"]) == tile["label"]
 
 
-def test_a_worker_of_an_interrupted_job_says_nothing_but_of_faults_of_its_own():
-    """3 of 40 interruptions once left a traceback beside the line that says how to go on."""
-    script = """import data, signal, sys
-data.of_a_worker(0)
-for error in BrokenPipeError(), EOFError(), ValueError("a fault"):
-    sys.excepthook(type(error), error, None)
-signal.raise_signal(signal.SIGTERM)"""
-    done = subprocess.run([sys.executable, "-c", script], cwd=Path(data.__file__).parent, text=True,
-                          capture_output=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "ValueError: a fault\n")
+# ----------------------------------------------------------------------------------------- batches
 
 
-def test_batches_pass_over_all_rows_again_and_again_and_never_start_anew():
+def test_batches_are_endless_and_each_pass_is_a_permutation():
     rows = np.arange(100, 107)
-    one = data.Batches(rows, 2, (5,), range(14))
-    keys = [key for batch in one for key in batch]
-    assert [position for position, _ in keys] == list(range(28))
-    turns = [[row for _, row in keys[n:n + 7]] for n in range(0, 28, 7)]
-    assert all(sorted(turn) == rows.tolist() for turn in turns) and turns[0] != turns[1]
-    half, halves = data.Batches(rows, 2, (5,)), []
-    for half.numbers in (range(7), range(7, 14)):
-        halves += list(half)
-    assert halves == list(one)
+    batches = list(data.batches(rows, 2, (5, 11), 0, 14))
+    assert [len(batch) for batch in batches] == [2] * 14
+    keys = [row for batch in batches for row, _ in batch]
+    passes = [keys[n : n + 7] for n in range(0, 28, 7)]
+    assert all(sorted(one) == rows.tolist() for one in passes) and passes[0] != passes[1]
+    assert {turn for batch in data.batches(rows, 8, (5, 11), 0, 14) for _, turn in batch} == set(
+        range(8)
+    )
+    (large,) = data.batches(rows, 20, (5, 11), 0, 1)  # more than there are
+    assert sorted(row for row, _ in large[:7]) == rows.tolist() and len(large) == 20
 
 
-@pytest.mark.parametrize("change, match", [
-    (dict(tile=4096), "no normal tile|no cancer tile"), (dict(cancer_share=1.0), "no cancer tile")])
-def test_a_setting_without_one_of_the_classes_is_refused(slides, change, match):
-    with pytest.raises(data.DataError, match=match):
-        data.choose_labels(index_of(slides, **change), 1, 1)
+def test_batches_that_go_on_are_those_of_an_uninterrupted_run():
+    whole = list(data.batches(np.arange(7), 3, (5, 11), 0, 14))
+    for stop in (1, 5, 13):
+        halves = [*data.batches(np.arange(7), 3, (5, 11), 0, stop)]
+        assert halves + [*data.batches(np.arange(7), 3, (5, 11), stop, 14)] == whole
+    assert list(data.batches(np.arange(7), 3, (6, 11), 0, 14)) != whole
 
 
-def test_tiles_csv_says_what_was_used(slides, tmp_path):
-    index = index_of(slides)
-    data.choose_labels(index, .3, .6)
-    data.write_tiles(index, tmp_path / "tiles.csv")
-    header, *lines = (tmp_path / "tiles.csv").read_text().splitlines()
-    assert header == ("slide,x,y,level,split,tumour_share,image_label,pixel_label_used,"
-                      "image_label_used")
-    assert len(lines) == len(index.tiles) and not list(tmp_path.glob("*.part"))
-    assert sum(line.endswith(("1,0", "1,1")) for line in lines) == index.tiles["pixel"].sum()
-    assert math.isclose(float(lines[5].split(",")[5]), index.tiles["tumour"][5], abs_tol=1e-6)
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_give_the_same_tiles_as_none(tiles, method):
+    """A TiffFile opened before the fork gives wrong tiles; a dataset's own RNG, equal ones."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method(method, force=True)
+    batches = list(data.batches(np.arange(40), 8, (0, 1), 0, 6))
+    try:
+        workers = {"fork": 2, "spawn": 1}[method]  # to spawn one takes seconds
+        one, two = (list(data.load(tiles, batches, torch.device("cpu"), n)) for n in (0, workers))
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert len(one) == 6
+    for batch, same in zip(one, two, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch, same, strict=True))
+    assert one[0][0].dtype == torch.uint8 and not torch.equal(one[0][0], one[5][0])
+
+
+def test_ctrl_c_while_workers_start_is_for_the_process_that_they_work_for(tiles):
+    """A forked worker had that one's handler for a moment, and said a second time how to go on."""
+
+    class Start:
+        pass
+
+    start = Start()
+    util.register_after_fork(start, lambda _: signal.raise_signal(signal.SIGINT))
+    batches = list(data.batches(np.arange(8), 4, (0, 1), 0, 2))
+    assert len(list(data.load(tiles, batches, torch.device("cpu"), 2))) == 2
+
+
+class Late(torch.utils.data.Dataset):
+    """Its workers find that the process that they work for has ended, as threads of theirs do."""
+
+    def __getitem__(self, key):
+        sys.excepthook(ConnectionResetError, ConnectionResetError("reset by peer"), None)
+        return torch.zeros(1)
+
+
+def test_a_worker_says_nothing_when_its_job_has_ended(capfd):
+    """3 of 40 interruptions left a traceback beside the line that says how to go on."""
+    assert len(list(data.load(Late(), [[(0, 0)]], torch.device("cpu"), 1))) == 1
+    assert capfd.readouterr().err == ""
+
+
+def test_a_worker_that_dies_for_lack_of_shared_memory_is_one_line(tiles, monkeypatch):
+    """Docker gives 64 MB of /dev/shm: torch's own words name neither cause nor cure."""
+    said = "DataLoader worker (pid 1) is killed by signal: Bus error. It is possible that "
+    said += "dataloader's workers are out of shared memory. Please try to raise your limit."
+
+    def dies(_):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", dies)
+    with pytest.raises(data.DataError, match="--workers 0"):
+        next(data.load(tiles, [[(0, 0)]], torch.device("cpu"), 2))
+    said = "a fault of another kind"  # is not explained away
+    with pytest.raises(RuntimeError, match="another kind"):
+        next(data.load(tiles, [[(0, 0)]], torch.device("cpu"), 2))
+
+
+def test_bad_input_says_what_it_is_once_however_it_came(tmp_path):
+    """A worker's comes as the text of a traceback, with the name of the class before it."""
+    error = data.DataError(
+        "Caught DataError in worker 1.\n  File x\ndata.DataError: error: a.tif: bad"
+    )
+    assert str(error) == "error: a.tif: bad" and error.code == str(error)
+    assert isinstance(error, SystemExit) and isinstance(error, Exception)
+
+
+def test_slides_are_never_drawn_over_a_folder_that_exists(tmp_path):
+    (tmp_path / "mine.tif").touch()
+    with pytest.raises(data.DataError, match="exists"):
+        synthetic.make(tmp_path)
+    assert (tmp_path / "mine.tif").exists()

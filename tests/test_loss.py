@@ -1,4 +1,5 @@
 """The losses: values of method and paper, a pixel loop as the oracle, the edge cases."""
+
 import math
 
 import pytest
@@ -6,14 +7,23 @@ import torch
 
 from loss import ce, dwce, fw, fw_weights
 
-LOSSES = {"ce": ce, "dwce": dwce, "dwce beta 1": lambda x, y: dwce(x, y, beta=1.0),
-          "dwce printed": lambda x, y: dwce(x, y, printed=True),
-          "fw": lambda x, y: fw(x, y, fw_weights((0.9, 0.1)))}
+LOSSES = {
+    "ce": ce,
+    "dwce": dwce,
+    "dwce beta 1": lambda x, y: dwce(x, y, beta=1.0),
+    "dwce printed": lambda x, y: dwce(x, y, printed=True),
+    "fw": lambda x, y: fw(x, y, fw_weights((0.9, 0.1))),
+}
 
 
 def weight(name, p, label):
-    return {"ce": 1.0, "dwce": 100 ** -(p ** 3), "dwce beta 1": 100 ** -p,
-            "dwce printed": 100 ** (p ** 3), "fw": 1 / math.log(1.10 + (0.9, 0.1)[label])}[name]
+    return {
+        "ce": 1.0,
+        "dwce": 100 ** -(p**3),
+        "dwce beta 1": 100**-p,
+        "dwce printed": 100 ** (p**3),
+        "fw": 1 / math.log(1.10 + (0.9, 0.1)[label]),
+    }[name]
 
 
 def slow(name, logits, target):
@@ -30,14 +40,16 @@ def slow(name, logits, target):
     return total / max(count, 1)
 
 
-@pytest.mark.parametrize("p, w", [(.1, .9954), (.25, .9306), (.5, .5623), (.75, .1433), (.9, .0348),
-                                  (1 - 1e-7, .01)])
+@pytest.mark.parametrize(
+    "p, w",
+    [(0.1, 0.9954), (0.25, 0.9306), (0.5, 0.5623), (0.75, 0.1433), (0.9, 0.0348), (1 - 1e-7, 0.01)],
+)
 def test_dynamic_weight_has_the_values_of_beta_3(p, w):
     logits, label = torch.tensor([[math.log(p), math.log(1 - p)]]), torch.tensor([0])
     assert (dwce(logits, label) / ce(logits, label)).item() == pytest.approx(w, abs=1e-4)
 
 
-@pytest.mark.parametrize("p", [.01, .3, .5, .7, .9, .99])
+@pytest.mark.parametrize("p", [0.01, 0.3, 0.5, 0.7, 0.9, 0.99])
 def test_every_loss_falls_as_the_true_class_gains(p):
     """Eq. (2) as printed and left in the graph rises for p in (.449, .908): it cannot train."""
     for name, loss in LOSSES.items():

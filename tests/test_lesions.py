@@ -1,0 +1,114 @@
+"""Whole-slide scores: pixels, lesion recall, false positives per slide."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from jobs import call, ok, one_line_of
+
+import data
+from extras import lesions, predict, pyramid
+
+
+def box(x, y, w, h):
+    """A rectangle of pixels of level 1, as an outline in level-0 pixels."""
+    return np.array([(x, y), (x + w, y), (x + w, y + h), (x, y + h)]) * 2.0 - 0.5
+
+
+@pytest.fixture
+def score(slides, tmp_path, monkeypatch):
+    """The figures of one slide at 10 um/px, given its annotation and the mask that was found."""
+    source = data.find_slides(slides)[0]
+    monkeypatch.setattr(predict, "predict_slide", lambda *args: None)
+    monkeypatch.setattr(predict, "working_level", lambda *args: (1, 10.0))
+
+    def figures(polygons, found):
+        folder = tmp_path / Path(source.name).parent
+        folder.mkdir(exist_ok=True)
+        strips = [found[y : y + 256] * np.uint8(255) for y in (0, 256)]
+        name = f"{source.path.stem}_likelihood_map.tif"
+        pyramid.write(folder / name, strips, 384, 384, 10)
+        annotations, slide = [data.Annotation(polygons)], data.Slide(source.path)
+        tiles = SimpleNamespace(sources=[source], slides=[slide], annotations=annotations)
+        return lesions.score(None, tiles, tmp_path, SimpleNamespace(**predict.DEFAULTS))
+
+    return figures
+
+
+def test_pixels_and_lesions_are_counted(score):
+    """Lesions of three sizes; some found, some not, one found in two pieces."""
+    truth = [
+        (box(10, 10, 250, 60), True),
+        (box(30, 30, 20, 20), False),
+        (box(38, 38, 4, 4), True),  # in the hole of the large one, and cleared with it
+        (box(10, 100, 30, 30), True),
+        (box(100, 100, 30, 30), True),
+        (box(200, 200, 10, 10), True),
+        (box(300, 300, 1, 1), True),  # 100 um^2: below --min-area no lesion, but a missed pixel
+    ]
+    found = np.zeros((384, 384), bool)
+    found[10:70, 10:100] = found[10:70, 150:260] = True  # the macro one, in two pieces
+    found[129:140, 39:60] = True  # one pixel of the first micro
+    found[300:310, 100:120] = found[330:332, 100:120] = True  # false
+    results = score(truth, found)
+    true = data.Annotation(truth).mask(0, 0, 384, 384, 2) == 1
+    assert true.sum() == 250 * 60 - 400 + 2 * 900 + 100 + 1
+    tp, fp, fn = (true & found).sum(), (found & ~true).sum(), (true & ~found).sum()
+    assert results["dsc"] == 2 * tp / (2 * tp + fp + fn) and results["iou"] == tp / (tp + fp + fn)
+    assert results["lesion_recall"] == {
+        "macro": {"lesions": 1, "found": 1},
+        "micro": {"lesions": 2, "found": 1},
+        "ITC": {"lesions": 1, "found": 0},
+    }
+    assert results["false_positives_per_slide"] == 2
+    (slide,) = results["per_slide"]["list"]
+    assert slide["false_positives"] == 2 and slide["dsc"] == results["dsc"]
+    assert results["per_slide"]["dsc"] == results["dsc"]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_normal_slide_has_false_positives_but_no_dsc(score, count):
+    found = np.zeros((384, 384), bool)
+    found[20:30, 20 : 20 + 10 * count] = True
+    results = score([], found)
+    assert results["dsc"] is None and results["iou"] is None
+    assert results["per_slide"]["dsc"] is None
+    assert results["false_positives_per_slide"] == count
+    assert "DSC null  IoU null" in lesions.headline(results)
+    assert f"false positives per slide: {count}.00" in lesions.headline(results)
+
+
+def test_whole_slides_are_predicted_once_and_anew_on_demand(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    argv = ["--ckpt", folder / "last.pt", "--device", "cpu"]
+    first = ok(lesions.main, *argv).splitlines()
+    assert len(first) == 1 + 3 + 1 and first[-1].startswith("whole slides: DSC 0.")
+    results = json.loads((folder / "whole_slides/results.json").read_text())
+    assert lesions.headline(results) == first[-1] and len(results["per_slide"]["list"]) == 3
+    again = ok(lesions.main, *argv).splitlines()
+    assert again[-1] == first[-1] and sum("done before" in line for line in again) == 3
+    checkpoint = torch.load(folder / "last.pt", weights_only=True)
+    checkpoint["model"]["head.bias"] += torch.tensor([-1.0, 1.0])
+    torch.save(checkpoint, folder / "last.pt")
+    line = one_line_of(*call(lesions.main, *argv))
+    assert "done with weights" in line and "--overwrite" in line
+    assert ok(lesions.main, *argv, "--overwrite").splitlines()[-1] != first[-1]
+
+
+def test_normal_slides_alone_are_scored_and_an_empty_split_is_refused(run, slides, tmp_path):
+    shutil.copy(run[0] / "last.pt", tmp_path)
+    (normal,) = slides.glob("train/normal*.tif")
+    (tmp_path / "normals").mkdir()
+    shutil.copy(normal, tmp_path / "normals")
+    argv = ["--ckpt", tmp_path / "last.pt", "--data", tmp_path / "normals", "--device", "cpu"]
+    line = ok(lesions.main, *argv, "--split", "all").splitlines()[-1]
+    assert "DSC null" in line and "false positives per slide: " in line
+    results = json.loads((tmp_path / "whole_slides/results.json").read_text())
+    assert results["dsc"] is None and results["per_slide"]["dsc"] is None
+    assert results["per_slide"]["list"][0]["slide"] == normal.name
+    assert "--split all" in one_line_of(*call(lesions.main, *argv))

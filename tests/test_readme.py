@@ -1,0 +1,82 @@
+"""The README against the code: files, flags, names of results, deviations, snippets."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+CODE = sorted([*ROOT.glob("*.py"), *(ROOT / "extras").glob("*.py")])
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def deviations(path):
+    """The first sentence of every `# Deviation:` comment of a file."""
+    found, text = [], path.read_text()
+    for comment in re.findall(r"^ *# Deviation: (.*\n(?: *# .*\n)*)", text, re.M):
+        words = " ".join(re.sub(r"^ *# ", "", line) for line in comment.splitlines())
+        found.append(re.split(r"\.(?: |$)", words)[0] + ".")
+    return found
+
+
+def test_the_list_of_deviations_is_that_of_the_code():
+    """Lists written by hand had drifted: two deviations were in the code alone."""
+    text = (ROOT / "README.md").read_text()
+    listed = re.findall(r"^\* `([\w/.]+)`: (.*(?:\n  .*)*)", text, re.M)
+    listed = sorted((name, " ".join(said.split())) for name, said in listed)
+    names = {path: path.relative_to(ROOT).as_posix() for path in CODE}
+    assert listed == sorted((names[p], said) for p in CODE for said in deviations(p))
+    for _, said in listed:
+        assert "; here " in said and "because " in said, said
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_files_and_flags_of_the_texts_exist(path):
+    text = path.read_text()
+    for name in re.findall(r"`((?:extras/|docs/|tests/)[\w./]+)`|\]\(([\w./]+)\)", text):
+        assert (ROOT / (name[0] or name[1])).exists(), name
+    for script, argv in re.findall(r"python (?:-m )?([\w./]+)((?: .*)?)$", text, re.M):
+        if script in ("pytest", "pip"):
+            continue
+        module = script.removesuffix(".py").replace("/", ".")
+        code = Path(importlib.util.find_spec(module).origin).read_text()
+        code += (ROOT / "train.py").read_text() if "parse_known_args" in code else ""
+        code += (ROOT / "train.py").read_text() if "parse_args" in code else ""
+        for flag in re.findall(r"--[a-z][\w-]*", argv.split("#")[0]):
+            assert f'"{flag}"' in code, (script, flag)
+
+
+def test_names_of_a_run_in_the_readme_are_those_of_its_files(run):
+    text = (ROOT / "README.md").read_text()
+    rows = dict(re.findall(r"^\| `([\w./]+)` \| (.*) \|$", text, re.M))
+    results = json.loads((run[0] / "results.json").read_text())
+    line = json.loads((run[0] / "log.jsonl").read_text().splitlines()[-1])
+    header = (run[0] / "tiles.csv").read_text().splitlines()[0]
+    assert set(re.findall(r"`(\w+)`", rows["results.json"])) == set(results)
+    assert set(re.findall(r"`(\w+)`", rows["log.jsonl"])) == set(line) - {"epoch"}
+    assert len(header.split(",")) == 9
+    assert {path.name for path in run[0].iterdir()} == {
+        name.rstrip("/") for name in rows if (run[0] / name).exists()
+    }
+
+
+def test_snippets_run():
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert snippets
+    for snippet in snippets:
+        names = {}
+        exec(snippet, names)
+        assert torch.isfinite(names["loss"])
+
+
+def test_both_readmes_have_the_same_tables_and_commands():
+    here, there = ((ROOT / name).read_text() for name in ("README.md", "README.zh.md"))
+    table = re.findall(r"^\| S(?:\+C)?[ ,].*$", here, re.M)
+    numbers = [re.findall(r"\.\d\d\d", row) for row in table]
+    assert numbers == [
+        re.findall(r"\.\d\d\d", row) for row in re.findall(r"^\| S(?:\+C)?[ ,，].*$", there, re.M)
+    ]
+    assert "python train.py --pixel-frac 0.1" in there and "python -m pytest" in there
