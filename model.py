@@ -32,8 +32,8 @@ def conv_bn_relu(c_in, c_out, kernel):
 class ESP(nn.Module):
     """Efficient spatial pyramid, section 1.5: reduce, four dilated convolutions, concatenate."""
 
-    # Deviation: the paper's source [21] adds hierarchical fusion and a residual; here the plain
-    # concatenation, because the paper's own words describe that. The parameters are the same.
+    # Deviation: the paper's source [21] adds hierarchical fusion and a residual; here there is the
+    # plain concatenation, because the paper's own words describe that.
     def __init__(self, channels):
         super().__init__()
         d = channels // 4

@@ -91,8 +91,8 @@ def masks_on(fractions):
 
 def tables(given=None):
     """Name -> Table; `given` are fractions in place of the paper's."""
-    # Deviation: the paper does not give the pixel fraction of its Tables 1 to 3; here 10 %, its
-    # headline row.
+    # Deviation: the paper does not give the share of masks of its Tables 1 to 3; here 10 %, because
+    # that is its headline row.
     tenth = {"pixel-frac": 0.1}
     betas = {f"{beta}": tenth | {"beta": beta} for beta in (1, 2, 3, 4, 5, 6)}
     alphas = {f"{alpha}": tenth | {"alpha": alpha} for alpha in (0.1, 0.2, 0.5, 0.8, 1)}

@@ -30,7 +30,7 @@ def test_the_list_of_deviations_is_that_of_the_code():
     names = {path: path.relative_to(ROOT).as_posix() for path in CODE}
     assert listed == sorted((names[p], said) for p in CODE for said in deviations(p))
     for _, said in listed:
-        assert "; here " in said and "because " in said, said
+        assert "; here" in said and "because " in said, said
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
