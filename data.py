@@ -501,7 +501,7 @@ def choose_labels(tiles, pixel_frac, image_frac, label_unit="tile", seed=0):
     normal = np.random.default_rng((seed, 1)).permutation(normal)[: len(cancer)]
     pool = np.sort(np.r_[np.flatnonzero(train & (label != NORMAL)), normal])
     # Deviation: the paper's 0 % row scores .596 with nothing to learn from; here 0 % of the masks
-    # keeps one tile of each class, as its reference [20] does. 0 % of the image labels is none.
+    # keeps one tile of each class, because its reference [20] does. 0 % of the labels is none.
     masks = nested(tiles.table, pool, label_unit, pixel_frac, (seed, 2))
     labels = nested(tiles.table, pool[label[pool] != AMBIGUOUS], "tile", image_frac, (seed, 3))
     return pool, masks, labels if image_frac else labels[:0]

@@ -138,9 +138,9 @@ def test_an_unknown_group_is_refused_not_taken_as_normal(tmp_path):
         data.read_annotation(write_xml(tmp_path / "a.xml", ("necrosis", "Polygon", SQUARE)))
 
 
-@pytest.mark.parametrize("count", [3, 10**5])
+@pytest.mark.parametrize("count", [3, 30_000])
 def test_annotations_in_each_other_are_read_or_refused_in_no_time(tmp_path, count):
-    """Looking below every Annotation for its points took minutes for 100,000 of them."""
+    """Looking below every Annotation for its points took a minute for 30,000 of them."""
     body = "<Annotation>" * count + "</Annotation>" * count
     (tmp_path / "a.xml").write_text(f"<ASAP_Annotations>{body}</ASAP_Annotations>")
     with pytest.raises(data.DataError, match="a.xml"):
@@ -523,16 +523,14 @@ def test_outlines_off_the_slide_are_refused_or_warned_of(tmp_path, capsys):
     on, off = (("_0", "Polygon", SQUARE + shift) for shift in (100, 1000))
     beside = ("_0", "Polygon", SQUARE - (0, 50))
     write_xml(tmp_path / "a.xml", off, beside)
-    with pytest.raises(data.DataError, match="a.xml.*2 of 2.*a.tif"):
+    with pytest.raises(data.DataError, match="a.xml.*2 Polygon off the slide"):
         data.tile_slides([source], 64, 0.5)
     assert not capsys.readouterr().err
     write_xml(tmp_path / "a.xml", on, off)
-    data.tile_slides([source], 64, 0.5)
+    tiles = data.tile_slides([source], 64, 0.5)
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "a.xml" in said and "1 of 2" in said
-    write_xml(tmp_path / "a.xml", on, ("_2", "Polygon", SQUARE + 1000))  # what is cleared: no harm
-    data.tile_slides([source], 64, 0.5)
-    assert not capsys.readouterr().err
+    assert said.count("\n") == 1 and "a.xml" in said and "1 Polygon off the slide" in said
+    assert tiles.table["tumour"].sum() * 64 * 64 == 20 * 20  # of the one that is on it
 
 
 # ------------------------------------------------------------------------------------------ labels
