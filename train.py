@@ -148,7 +148,7 @@ def main(argv=None):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
 
     # Deviation: the paper does not say how long an epoch of two loaders is; here one pass over all
-    # training tiles, at every fraction, so that S and S+C make the same number of step 1.
+    # training tiles, because S and S+C then make the same number of step 1 at every fraction.
     per_epoch = math.ceil(len(pool) / args.batch_size)
     first, total = 0, args.epochs * per_epoch
     pretrain = args.pretrain_epochs * per_epoch if len(label_rows) else total
