@@ -548,7 +548,7 @@ def describe(tiles, mask_rows, label_rows):
 def write_tiles(path, tiles, mask_rows, label_rows):
     """tiles.csv: what every tile is (TILE), whether training used its mask and its image label."""
     used = np.stack([np.isin(range(len(tiles.table)), rows) for rows in (mask_rows, label_rows)], 1)
-    with open(path, "w", encoding="utf-8", newline="") as file:
+    with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         out = csv.writer(file)
         out.writerow([*TILE.names, "mask_used", "label_used"])
         for (n, *tile), flags in zip(tiles.table.tolist(), used.tolist()):
@@ -577,10 +577,14 @@ def load(tiles, batches, device, workers=0):
 
     `tiles` is any Dataset; DataError where its workers lack shared memory.
     """
-    options = {"num_workers": workers, "worker_init_fn": ignore_ctrl_c}
-    options["pin_memory"] = device.type == "cuda"
+    options = {"num_workers": workers, "worker_init_fn": hush, "pin_memory": device.type == "cuda"}
+    # Workers inherit the mask: Ctrl-C is for the process that they work for, which ends them.
+    mask = getattr(signal, "pthread_sigmask", lambda *_: None)  # there is none on Windows
     try:
-        for batch in torch.utils.data.DataLoader(tiles, batch_sampler=batches, **options):
+        mask(signal.SIG_BLOCK, {signal.SIGINT})
+        loader = iter(torch.utils.data.DataLoader(tiles, batch_sampler=batches, **options))
+        mask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        for batch in loader:
             yield [t.to(device, non_blocking=True) for t in batch]
     except RuntimeError as error:
         if not re.search("shared memory|worker.* (killed|exited)", str(error)):
@@ -589,5 +593,5 @@ def load(tiles, batches, device, workers=0):
         raise DataError(f"a worker died, most likely for lack of shared memory; {cure}") from error
 
 
-def ignore_ctrl_c(_):  # in a worker: the process that it works for ends it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def hush(_):  # in a worker: its threads complain when the job has ended before it
+    sys.excepthook = lambda *_: None

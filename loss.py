@@ -26,8 +26,8 @@ def log_p(logits, target):
 
 def weighted_mean(w, logp, target):
     """-mean of w log p over target >= 0; 0 where nothing is labelled."""
-    # Deviation: the paper has +sum w log p in Eq (1); here it is -mean, because a loss is minimised,
-    # and should not depend on how many pixels there are.
+    # Deviation: the paper has +sum w log p in Eq (1); here it is -mean, because a loss is
+    # minimised, and should not depend on how many pixels there are.
     labelled = target >= 0
     return -torch.where(labelled, w * logp, 0.0).sum() / labelled.sum().clamp(min=1)
 

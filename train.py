@@ -204,10 +204,10 @@ def main(argv=None):
 
         if (n + 1) % per_epoch == 0:
             line = log_line((n + 1) // per_epoch, sums, args.batch_size, time.time() - start)
-            print(*(f"{name} {value:g} " for name, value in line.items()), flush=True)
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             save(last, model, adam, n + 1, key, args)
+            print(*(f"{name} {value:g} " for name, value in line.items()), flush=True)
             sums, start = Counter(), time.time()
 
     # Deviation: the paper leaves BN's statistics as they ran; here they are estimated anew over the

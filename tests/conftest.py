@@ -37,5 +37,5 @@ def few(slides, tmp_path_factory):
 def run(slides, tmp_path_factory):
     """A run that is long enough to learn -> its folder, what it printed."""
     folder = tmp_path_factory.mktemp("run") / "a"
-    flags = ["--data", slides, "--out", folder, "--pixel-frac", 1, *jobs.TINY, "--epochs", 10]
+    flags = ["--data", slides, "--out", folder, "--pixel-frac", 1, *jobs.TINY, "--epochs", 12]
     return folder, jobs.ok(train.main, *flags)
