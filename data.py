@@ -35,7 +35,7 @@ EXCLUSION_GROUPS = {"_2", "exclusion", "normal"}
 AREA_TYPES = {"Polygon", "Spline", "Rectangle"}  # not Dot, PointSet, None (rulers)
 NO_SLIDES = "_mask", "_likelihood_map"  # ends of stems: CAMELYON16's masks, predictions
 TISSUE_SHARE, CANCER_SHARE = 0.1, 0.05  # less tissue: dropped; more tumour: labelled cancer
-CANCER, NORMAL, AMBIGUOUS = 1, 0, -1  # image-level labels; AMBIGUOUS is used for none
+CANCER, NORMAL, AMBIGUOUS = 1, 0, -1  # image-level labels; AMBIGUOUS never trains the head
 # CAMELYON16 slides on which not every metastasis is outlined, as its authors list them.
 PARTLY = (10, 15, 18, 20, 25, 29, 33, 34, 44, 46, 51, 54, 55, 56, 67, 79, 85, 92, 95, 110)
 PARTLY = {f"tumor_{n:03}" for n in PARTLY} | {"test_114"}
@@ -162,7 +162,7 @@ class Slide:
         across = -(-lv.width // lv.block_w)
         x1, y1 = min(x + w, lv.width), min(y + h, lv.height)
         region = Image.new("RGB", (w, h), "white")
-        with open(self.path, "rb", buffering=0) as file:  # 10 us, and safe in any process
+        with open(self.path, "rb", buffering=0) as file:  # takes 10 us; no handle to share
             for row in range(max(y, 0) // lv.block_h, -(-y1 // lv.block_h)):
                 for col in range(max(x, 0) // lv.block_w, -(-x1 // lv.block_w)):
                     if lv.counts[row * across + col]:
@@ -213,9 +213,9 @@ def um_per_px(text, tags):
 def tissue_share(slide, level, tile):
     """Share of tissue in the squares of `tile` px of `level`, side by side -> (rows, columns).
 
-    Of squares that reach over the edge, the part inside counts. Tissue is chroma (max - min of RGB)
-    above Otsu's threshold, held in [8, 30]: below, an empty slide turns into tissue; above, one
-    without background is split in two kinds of tissue.
+    Squares over the edge count their part inside. Tissue is chroma (max - min of RGB) above Otsu's
+    threshold, held in [8, 30]: lower, and an empty slide becomes tissue; higher, and a slide
+    without background loses half of it.
     """
     # Deviation: the paper does not say how tiles were found; here tissue by chroma, because
     # HSV saturation breaks on near-black noise and a fixed value breaks across centres.
@@ -264,8 +264,8 @@ def winding(xy, w, h):
     """Winding number of the closed ring `xy` (n, 2) at the integer points of w x h: (h, w) int.
 
     ASAP's rule: an edge counts for the points to its left, +1 where y grows along it, -1 where it
-    falls. A ring crosses a row as often down as up, so what lies to the left of x, with the other
-    sign, is what lies to its right: one entry per crossing and a sum along x, not n * w * h tests.
+    falls. On a row the crossings of a closed ring sum to 0, so those right of x are minus those
+    left of it: one cumulative sum along x, not n * w * h tests.
     """
     x1, y1 = xy.T
     x2, y2 = np.roll(xy, -1, axis=0).T
@@ -283,8 +283,8 @@ def read_annotation(path, size=(1e7, 1e7)):
     """ASAP XML -> Annotation; a file without any shape is that of a normal slide.
 
     Outlines that nobody has put in a group, or that lie off a slide of `size` level-0 px, are
-    skipped with a warning. DataError where no tumour is left but skipped shapes, for broken XML,
-    odd coordinates and unknown groups.
+    skipped with a warning. DataError where only skipped shapes remain, for broken XML, odd
+    coordinates and unknown groups.
     """
     polygons, skipped = [], Counter()
 
@@ -417,7 +417,7 @@ def match_annotations(slides, files):
 
 
 def seeded_split(sources, seed):
-    """Hold out 20 of 110 slides, with and without tumour alike, a patient's on one side."""
+    """Section 2.2: hold out 20 of 110 patients, of those with tumour and of those without."""
     # Deviation: the paper holds out 20 tumour slides, not named; here 20 in 110, drawn with the
     # seed, by patient where names tell, because slides of one patient are alike.
     tumour = {patient(s) for s in sources if s.xml}
@@ -487,21 +487,22 @@ def tiles_of(slide, annotation, level, tile):
 def choose_labels(tiles, pixel_frac, image_frac, label_unit="tile", seed=0):
     """Whose labels training may use -> rows of `tiles.table`: the pool, masks, image labels.
 
-    The pool is what 100 % stands for. `label_unit`: masks are of single tiles or of whole slides.
+    The pool is what 100 % stands for; image_frac 0 is the S group, 1 is S+C.
+    `label_unit`: masks are of single tiles or of whole slides.
     DataError if a class is missing.
     """
     train, label = tiles.table["train"], tiles.table["label"]
     cancer, normal = (np.flatnonzero(train & (label == kind)) for kind in (CANCER, NORMAL))
     if not (len(cancer) and len(normal) and (~train & (label == CANCER)).any()):
         found = f"{len(cancer)} cancer, {len(normal)} normal tiles of {tiles.side} px to train on"
-        cure = "both and cancer to test on are needed: change --tile, --mpp, --level or --data"
+        cure = "training needs both, testing cancer: change --tile, --mpp, --level or --data"
         raise DataError(f"{found}; {cure}")
     # Deviation: the paper does not say which normal tiles it takes; here all tiles with tumour and
     # as many normal ones as cancer, drawn with the seed, because tumour is rare.
     normal = np.random.default_rng((seed, 1)).permutation(normal)[: len(cancer)]
     pool = np.sort(np.r_[np.flatnonzero(train & (label != NORMAL)), normal])
     # Deviation: the paper's 0 % row scores .596 with nothing to learn from; here 0 % of the masks
-    # keeps one tile of each class, because its reference [20] does. 0 % of the labels is none.
+    # keeps one tile of each class, because its reference [20] does. 0 % of image labels is none.
     masks = nested(tiles.table, pool, label_unit, pixel_frac, (seed, 2))
     labels = nested(tiles.table, pool[label[pool] != AMBIGUOUS], "tile", image_frac, (seed, 3))
     return pool, masks, labels if image_frac else labels[:0]
@@ -510,9 +511,9 @@ def choose_labels(tiles, pixel_frac, image_frac, label_unit="tile", seed=0):
 def nested(table, rows, unit, fraction, seed):
     """Those of `rows` whose label may be used: a share of the units, "tile" or "slide".
 
-    A unit's score in (0, 1) depends on the seed alone and is compared with the fraction, so 10 % is
+    A unit's score in (0, 1) does not depend on the fraction that it is compared with, so 10 % is
     inside 20 %. Units with and without cancer are ranked apart, so both keep their share, and the
-    first tile of each class is always used.
+    lowest-scored tile of each class is always used.
     """
     # Deviation: the paper gives masks to a share of the tiles; here, on demand, to all tiles of a
     # share of the slides, because a pathologist outlines slides.
@@ -540,8 +541,8 @@ def describe(tiles, mask_rows, label_rows):
             scales.add(round((tiles.slides[n].mpp or 0) * tiles.slides[n].levels[k].downsample, 2))
         yield (
             f"{split}: {len(slides)} slides at {sorted(scales)} um/px; {len(rows)} tiles, "
-            f"{sum(tiles.dropped[n] for n in slides)} without tissue left out; {kinds[0]} cancer, "
-            f"{kinds[1]} normal, {kinds[2]} ambiguous; {masks} with masks, {labels} with labels"
+            f"{sum(tiles.dropped[n] for n in slides)} without tissue; {kinds[0]} cancer, "
+            f"{kinds[1]} normal, {kinds[2]} ambiguous; {masks} with masks, {labels} image labels"
         )
 
 
@@ -578,12 +579,12 @@ def load(tiles, batches, device, workers=0):
     `tiles` is any Dataset; DataError where its workers lack shared memory.
     """
     options = {"num_workers": workers, "worker_init_fn": hush, "pin_memory": device.type == "cuda"}
-    # Workers inherit the mask: Ctrl-C is for the process that they work for, which ends them.
-    mask = getattr(signal, "pthread_sigmask", lambda *_: None)  # there is none on Windows
+    # Workers inherit the block: Ctrl-C is for the process that they work for, which ends them.
+    block = getattr(signal, "pthread_sigmask", lambda *_: None)  # there is none on Windows
     try:
-        mask(signal.SIG_BLOCK, {signal.SIGINT})
+        block(signal.SIG_BLOCK, {signal.SIGINT})
         loader = iter(torch.utils.data.DataLoader(tiles, batch_sampler=batches, **options))
-        mask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        block(signal.SIG_UNBLOCK, {signal.SIGINT})
         for batch in loader:
             yield [t.to(device, non_blocking=True) for t in batch]
     except RuntimeError as error:

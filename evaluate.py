@@ -1,10 +1,10 @@
 """Score a checkpoint: pooled DSC / IoU / accuracy (section 2.3), the mean per slide, pictures.
 
-    python evaluate.py --ckpt runs/x/last.pt                # repeats the figures of training
+    python evaluate.py --ckpt runs/x/last.pt                # scores the test slides again
     python evaluate.py --ckpt runs/x/last.pt --data OTHER --split all       # on other slides
 
-Counts are integers over the whole split and are divided once, so batches do not matter. In every
-row of the paper but one IoU = DSC / (2 - DSC): true of pooled counts, not of means over images.
+Counts are integers over the whole split and are divided once, so batches do not matter. Within
+.002, every row of the paper but one has IoU = DSC / (2 - DSC): true of pooled counts, not of means.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def load_checkpoint(path):
 
 
 def load(path, **given):
-    """last.pt -> its model; the arguments of its training, those `given` and not None instead."""
+    """last.pt -> model, and its run's arguments, replaced by those `given` that are not None."""
     checkpoint = load_checkpoint(path)
     args = SimpleNamespace(**checkpoint["args"])
     vars(args).update({name: value for name, value in given.items() if value is not None})
@@ -57,17 +57,17 @@ def count(model, tiles, rows, args):
     keys = [keys[n : n + args.batch_size] for n in range(0, len(keys), args.batch_size)]
     batches = data.load(tiles, keys, torch.device(args.device), args.workers)
     for images, masks, _ in data.progress(batches, "evaluating", len(keys)):
-        found, label = (p > 0.5 for p in predict(model, images, args.amp))
+        found, cancer = (p > 0.5 for p in predict(model, images, args.amp))
         truth = masks == 1
         pixels = [n.sum((1, 2)) for n in (found & truth, found & ~truth, ~found & truth)]
-        counts.append(torch.stack([*pixels, label.long()], 1).cpu())
+        counts.append(torch.stack([*pixels, cancer.long()], 1).cpu())
     return torch.cat(counts).numpy()
 
 
 def dsc_iou(counts):
-    """Rows of TP, FP, FN -> pooled DSC, IoU; None where neither tumour is nor was found."""
+    """Rows of TP, FP, FN -> pooled DSC, IoU; None where there is no tumour."""
     tp, fp, fn = (int(n) for n in counts[:, :3].sum(0))
-    return (2 * tp / (2 * tp + fp + fn), tp / (tp + fp + fn)) if tp + fp + fn else (None, None)
+    return (2 * tp / (2 * tp + fp + fn), tp / (tp + fp + fn)) if tp + fn else (None, None)
 
 
 def summarise(tiles, rows, counts, classes=True):
@@ -80,7 +80,7 @@ def summarise(tiles, rows, counts, classes=True):
     table, label = tiles.table[rows], tiles.table["label"][rows]
 
     def figures(of):
-        dsc, iou = dsc_iou(counts[of]) if table["tumour"][of].any() else (None, None)
+        dsc, iou = dsc_iou(counts[of])
         known = of & (label != data.AMBIGUOUS)
         accuracy = (counts[known, 3] == label[known]).mean() if classes and known.any() else None
         return {"dsc": dsc, "iou": iou, "accuracy": accuracy}
@@ -138,7 +138,7 @@ def write_pictures(folder, model, tiles, rows, counts, args, each=4):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=AS_WRITTEN)
     add = parser.add_argument
-    add("--ckpt", required=True, help="last.pt of a run; what is not given is as it was there")
+    add("--ckpt", required=True, help="last.pt of a run; other options default to that run's")
     add("--data", help="folder of slides")
     add("--split", choices=("test", "train", "all"), default="test")
     add("--level", type=int, help="level to read where a file does not tell its um/px")

@@ -1,4 +1,4 @@
-"""The losses of section 1.6, Table 3: CE, FW (fixed class weights) and DWCE (dynamic weights).
+"""The losses of section 1.6, Table 3: CE, FW (fixed weights), DWCE (dynamic; the paper's DWF).
 
     loss = dwce(logits, target, beta=3.0)           # segmentation: (B, 2, H, W), (B, H, W)
     loss = dwce(logits, label, beta=3.0)            # classification: (B, 2), (B,)

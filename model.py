@@ -2,14 +2,14 @@
 
     model = Network(width=32)
     segmentation, image = model(tiles)          # tiles (B, 3, H, W), 0..255, H and W multiples of 8
-    model.decode(model.encode(tiles))           # step 1 needs this alone: no classification head,
-    model.classify(model.encode(tiles))         # step 2 this alone: neither PSP nor decoder
+    model.decode(model.encode(tiles))           # step 1: the classification head is not run
+    model.classify(model.encode(tiles))         # step 2: PSP and decoder are not run
 
 Glossary, for all files:
     B          tiles in a batch                 S, C    the groups: segmentation, classification
     H, W       height and width of a tile       alpha   weight of the classification loss, Eq. (3)
     C0..C3     channels of the four scales      beta    exponent of the dynamic weight, Eq. (2)
-    k          a scale, 0 (full) .. 3 (1/8)     p(x)    predicted probability of x's true class
+    k          a scale, 0 (full) .. 3 (1/8)     p(x)    predicted probability of x's labelled class
     logits     scores before the softmax        w(x)    the weight of x in the loss, section 1.6
 
 Sections are the paper's: 1.3 the network, 1.5 ESP and PSP. Needs torch alone: copy this file.
@@ -65,8 +65,8 @@ class PSP(nn.Module):
 class Network(nn.Module):
     """Encoder of four scales, PSP on each skip, decoder, classification head.
 
-    ValueError for a width that 4 does not divide (ESP has four branches: users would get empty
-    ones), and for sides that 8 does not (three poolings).
+    ValueError for a width that 4 does not divide (ESP's four branches would be empty), and for
+    sides that 8 does not (three poolings).
     """
 
     def __init__(self, width=32):
@@ -82,11 +82,11 @@ class Network(nn.Module):
         ups = (nn.ConvTranspose2d(i, o, 2, stride=2) for i, o in zip([c1, c2, 2 * c3], c))
         self.ups = nn.ModuleList(ups)
         # Deviation: the paper does not say how the decoder fuses; here a 1x1 convolution, because
-        # a 3x3 costs 2.7 times the multiply-adds of the whole network for no clear gain in DSC.
+        # 3x3 makes the network cost 2.7 times the multiply-adds for no clear gain in DSC.
         self.fuses = nn.ModuleList(conv_bn_relu(3 * i, i, 1) for i in (c0, c1, c2))
         self.head = nn.Conv2d(c0, 2, 1)
-        # Deviation: the paper does not say how 1x1 convolutions make one label of a map; here as
-        # the mean of a map of class logits, C3/2 channels wide before, because any size will do.
+        # Deviation: the paper does not say how a map becomes one label; here as the mean of a map
+        # of class logits (C3/2 hidden channels), because that takes any size.
         self.classifier = nn.Sequential(conv_bn_relu(c3, c3 // 2, 1), nn.Conv2d(c3 // 2, 2, 1))
         self.to(memory_format=torch.channels_last)  # faster than NCHW, see docs/speed.md
 

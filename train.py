@@ -3,7 +3,7 @@
     python train.py --pixel-frac 0.1                        # synthetic slides, no data needed
     python train.py --data CAMELYON16 --pixel-frac 0.1      # S+C, the paper's headline row
     python train.py --data CAMELYON16 --pixel-frac 0.1 --image-frac 0       # S, no image labels
-    python train.py --resume runs/x/last.pt                 # go on where it stopped
+    python train.py --resume runs/x/last.pt                 # go on from its last whole epoch
 
 Sections 1.2 and 1.4, Figs. 2 and 4: pre-train with step 1 alone, then alternate. Writes to --out:
 last.pt (checkpoint), log.jsonl (a line per epoch), tiles.csv, results.json, pictures/.
@@ -32,7 +32,7 @@ from model import Network
 
 # Deviation: the paper gives no tile size, resolution or epochs; here 512 px at 0.5 um/px and 50
 # epochs, because comparable work has 224-512 px, 20x and 20-100 epochs.
-PAPER = {"tile": 512, "mpp": 0.5, "width": 32, "lr": 1e-4, "epochs": 50}
+PAPER = {"tile": 512, "mpp": 0.5, "width": 32, "lr": 1e-4, "epochs": 50}  # lr: section 2.1
 DEMO = {"tile": 128, "mpp": 1.0, "width": 16, "lr": 1e-3, "epochs": 8}  # without --data
 
 
@@ -43,21 +43,21 @@ def flags():
     add = parser.add_argument_group("slides and labels").add_argument
     add("--data", help="folder of slides and ASAP XML, at any depth (default: synthetic slides)")
     add("--pixel-frac", type=float, default=0.1, help="share of training tiles with masks (0.1)")
-    add("--image-frac", type=float, default=1, help="share with image labels; S group: 0 (1)")
-    add("--label-unit", choices=("tile", "slide"), default="tile", help="what has masks (tile)")
+    add("--image-frac", type=float, default=1, help="share with image labels; 0 = S group (1)")
+    add("--label-unit", choices=("tile", "slide"), default="tile", help="of --pixel-frac (tile)")
     add("--level", type=int, help="level to read where a file does not tell its um/px")
     add = parser.add_argument_group("scale", f"with --data {PAPER}, without {DEMO}").add_argument
     add("--tile", type=int, help="side of a tile in px, a multiple of 8")
     add("--mpp", type=float, help="um/px; the nearest level is read")
     add("--width", type=int, help="channels C0, a multiple of 4")
     add("--lr", type=float, help="Adam's, falling linearly to 0")
-    add("--epochs", type=int, help="passes over the training tiles")
+    add("--epochs", type=int, help="each as many iterations as a pass over the tiles")
     add = parser.add_argument_group("training and machine").add_argument
     add("--pretrain-epochs", type=int, help="epochs of step 1 alone (a tenth, at least 1 of 2)")
     add("--seg-loss", **losses, help="loss of step 1 (dwce)")
     add("--cls-loss", **losses, help="loss of step 2 (dwce)")
-    add("--alpha", type=float, default=1, help="weight of step 2's loss, Eq. 3 (1)")
-    add("--beta", type=float, default=3, help="exponent of dwce, Eq. 2 (3)")
+    add("--alpha", type=float, default=1, help="weight of step 2's loss, Eq. (3) (1)")
+    add("--beta", type=float, default=3, help="exponent of dwce, Eq. (2) (3)")
     add("--batch-size", type=int, default=8, help="tiles in each step (8)")
     add("--seed", type=int, default=0, help="of split, labels, weights and order (0)")
     gpu = torch.cuda.is_available()
@@ -65,7 +65,7 @@ def flags():
     add("--workers", type=int, default=8 * gpu, help="processes that read tiles, for each step")
     add("--amp", action="store_true", help="bfloat16 autocast; the losses stay float32")
     add("--out", help="folder of this run (runs/<time>)")
-    add("--resume", help="a last.pt to go on from, in its folder, with its arguments")
+    add("--resume", help="last.pt of a run; go on with its arguments and folder")
     return parser
 
 
@@ -79,7 +79,7 @@ def parse_args(argv=None):
         parser.set_defaults(**old)
         args = parser.parse_args(argv)
         if args.width != old["width"] or "iteration" not in checkpoint:
-            parser.error(f"{args.resume} is of another --width or version; start a new run")
+            parser.error(f"{args.resume} has another --width or version; start a new run")
     scale = PAPER if args.data else DEMO
     vars(args).update({name: scale[name] for name in scale if getattr(args, name) is None})
     if args.pretrain_epochs is None:
@@ -110,7 +110,7 @@ def update(optimizer, loss):
 
 
 def save(path, model, optimizer, iteration, key, args):
-    """Write a checkpoint; a kill at any moment leaves the one before or this one, never half."""
+    """Write a checkpoint aside, then rename it: a kill never leaves half a file."""
     content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     content |= {"iteration": iteration, "key": key, "args": vars(args)}
     torch.save(content, f"{path}.part")
@@ -119,9 +119,10 @@ def save(path, model, optimizer, iteration, key, args):
 
 def log_line(epoch, sums, batch_size, seconds):
     """Sums over the iterations of an epoch -> the numbers to print and log. DataError for NaN."""
-    sums = {name: float(value) for name, value in sums.items()}  # only here a GPU is waited for
+    sums = {name: float(value) for name, value in sums.items()}  # the only wait for a GPU
     n = sums["iterations"]
-    line = {"loss_seg": sums["loss_seg"] / n, "train_dsc": 2 * sums["both"] / max(sums["sum"], 1)}
+    dsc = 2 * sums["overlap"] / max(sums["area"], 1)
+    line = {"loss_seg": sums["loss_seg"] / n, "train_dsc": dsc}
     if "loss_cls" in sums:
         line |= {"loss_cls": sums["loss_cls"] / n, "train_accuracy": sums["right"] / n / batch_size}
     line |= {"iterations_per_s": n / seconds, "seconds": seconds}
@@ -147,11 +148,11 @@ def main(argv=None):
     cls_loss = make_loss(args.cls_loss, args.beta, cancer)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
 
-    # Deviation: the paper does not say how long an epoch of two loaders is; here one pass over all
-    # training tiles, because S and S+C then make the same number of step 1 at every fraction.
+    # Deviation: the paper does not say how long an epoch of two loaders is; here as many iterations
+    # as a pass over all training tiles, because S and S+C then make equally many of step 1.
     per_epoch = math.ceil(len(pool) / args.batch_size)
     first, total = 0, args.epochs * per_epoch
-    pretrain = args.pretrain_epochs * per_epoch if len(label_rows) else total
+    pretrain = args.pretrain_epochs * per_epoch if len(label_rows) else total  # Fig. 2
     used = b"".join(a.tobytes() for a in (tiles.table, mask_rows, label_rows))
     key, last, log = hashlib.sha256(used).hexdigest(), out / "last.pt", out / "log.jsonl"
     if checkpoint:
@@ -179,26 +180,26 @@ def main(argv=None):
     sums, start = Counter(), time.time()
     model.train()
     for n in data.progress(range(first, total), "training"):
-        # Deviation: the paper gives one learning rate; here it falls linearly to 0, because BN's
-        # running statistics lag behind weights that move.
+        # Deviation: the paper gives one learning rate; here it falls linearly to 0, because the
+        # last weights are the ones that are scored.
         adam.param_groups[0]["lr"] = args.lr * (1 - n / total)
 
-        # Step 1, Fig. 4: masks teach encoder, PSP and decoder; the head has no gradient.
+        # Step 1, Fig. 4: masks teach encoder, PSP and decoder; the classification head gets none.
         images, masks, _ = next(mask_batches)
         with autocast:
             logits = model.decode(model.encode(images))  # (B, 2, H, W)
         loss_seg = seg_loss(logits, masks)
         update(adam, loss_seg)
         found = logits.argmax(1)
-        sums.update(loss_seg=loss_seg.detach(), both=(found * masks).sum())
-        sums.update(iterations=1, sum=found.sum() + masks.sum())
+        sums.update(loss_seg=loss_seg.detach(), overlap=(found * masks).sum())
+        sums.update(iterations=1, area=found.sum() + masks.sum())
 
-        # Step 2, Fig. 4: image labels teach encoder and head; PSP and decoder have no gradient.
+        # Step 2, Fig. 4: image labels teach encoder and head; PSP and decoder get none.
         if n >= pretrain:
             images, _, labels = next(label_batches)
             with autocast:
                 logits = model.classify(model.encode(images))  # (B, 2)
-            loss_cls = args.alpha * cls_loss(logits, labels)
+            loss_cls = args.alpha * cls_loss(logits, labels)  # of L_total, Eq. (3)
             update(adam, loss_cls)
             sums.update(loss_cls=loss_cls.detach(), right=(logits.argmax(1) == labels).sum())
 
@@ -211,8 +212,7 @@ def main(argv=None):
             sums, start = Counter(), time.time()
 
     # Deviation: the paper leaves BN's statistics as they ran; here they are estimated anew over the
-    # step-1 tiles, because running means of the last few small batches, half of them from step 2,
-    # are far off.
+    # step-1 tiles, because running means of a few small batches are far off after alternation.
     with autocast:
         update_bn(batches(mask_rows, 13, 0, math.ceil(len(mask_rows) / args.batch_size)), model)
     save(last, model, adam, max(first, total), key, args)
