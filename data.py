@@ -135,7 +135,7 @@ class Slide:
         if not 0 < min(w, h, width, height) or max(w, h) > 2048:
             self.fail(f"{width} x {height} px in blocks of {w} x {h}")
         offsets, counts = (np.array(n, np.int64) for n in (page.dataoffsets, page.databytecounts))
-        beyond = (offsets + counts > os.path.getsize(self.path)) & (counts > 0)
+        beyond = (offsets + counts.astype(float) > os.path.getsize(self.path)) & (counts > 0)
         if len(offsets) < -(-width // w) * -(-height // h) or beyond.any() or counts.min() < 0:
             self.fail("truncated, blocks are missing or lie beyond its end", "download it again")
         space = "RGB" if page.photometric == 2 else "YCbCr"
