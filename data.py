@@ -32,7 +32,7 @@ from PIL import Image
 # both releases are read, because 210 slides, 110 with tumour, from two hospitals are that set.
 TUMOUR_GROUPS = {"_0", "_1", "tumor", "metastases"}  # CAMELYON16, its test set, CAMELYON17
 EXCLUSION_GROUPS = {"_2", "exclusion", "normal"}
-AREA_TYPES = {"Polygon", "Spline", "Rectangle"}  # not Dot, PointSet, None (rulers)
+AREA_TYPES, MARKS = {"Polygon", "Spline", "Rectangle"}, {"Dot", "PointSet", "None"}  # None: ruler
 NO_SLIDES = "_mask", "_likelihood_map"  # ends of stems: CAMELYON16's masks, predictions
 TISSUE_SHARE, CANCER_SHARE = 0.1, 0.05  # less tissue: dropped; more tumour: labelled cancer
 CANCER, NORMAL, AMBIGUOUS = 1, 0, -1  # image-level labels; AMBIGUOUS never trains the head
@@ -118,9 +118,13 @@ class Slide:
             if "DPUfsImport" in text:  # Philips pads to whole blocks: widths have no ratio
                 down = 2 ** len(self.levels)
                 width, height = base.imagewidth // down, base.imagelength // down
+            if down in [level.downsample for level in self.levels]:
+                self.fail(f"two pages of {width} x {height} px", "keep one image in the file")
             if down:
                 self.levels.append(self._level(page, width, height, down))
-            elif any(halvings(other, page) for other in self.misfits):
+            elif any(halvings(other, page) for other in self.misfits) or (
+                2 * width * height > base.imagewidth * base.imagelength
+            ):
                 self.fail(f"its largest page, {base.imagewidth} px wide, is not of its pyramid")
             else:
                 self.misfits.append(page)
@@ -199,12 +203,14 @@ def um_per_px(text, tags):
     """A TIFF page's description and tags -> um per px, as OpenSlide has it; None if not told."""
     unit, resolution = tags.get("ResolutionUnit"), tags.get("XResolution")
     um = {2: 25400, 3: 10000}.get(unit.value if unit else 2)  # inch where missing, TIFF 6.0; cm
-    aperio = re.search(r"MPP\s*=\s*(\d+[.,]?\d*)", text)
-    philips = re.search(r'"DICOM_PIXEL_SPACING"[^>]*>\D*(\d+[.,]?\d*)', text)
+    number = r"([+]?(?:\d+[.,]?\d*|[.,]\d+)(?:[eE][+-]?\d+)?)"
+    aperio = re.search(r"\bMPP\s*=\s*" + number, text)
+    philips = re.search(r'"DICOM_PIXEL_SPACING"[^>]*>[^\d.,<]*' + number, text)
     if aperio or philips:
         mpp = float((aperio or philips)[1].replace(",", ".")) * (1 if aperio else 1000)
-    elif um and resolution and 0 not in resolution.value:
-        mpp = um * resolution.value[1] / resolution.value[0]
+    elif um and resolution:
+        value, count = (*np.atleast_1d(resolution.value).tolist(), 1)[:2]  # a float, or a ratio
+        mpp = um * count / value if value else 0
     else:
         return None
     return mpp if 0.05 < mpp < 20 else None  # 72 dpi and the like are placeholders
@@ -286,7 +292,7 @@ def read_annotation(path, size=(1e7, 1e7)):
     skipped with a warning. DataError where only skipped shapes remain, for broken XML, odd
     coordinates and unknown groups.
     """
-    polygons, skipped = [], Counter()
+    polygons, skipped, lost = [], Counter(), Counter()
 
     def group(node, key="PartOfGroup"):
         return node.get(key, "").strip().lower() or "none"
@@ -301,22 +307,23 @@ def read_annotation(path, size=(1e7, 1e7)):
             while (parent := parents.get(groups[-1], "none")) not in (*groups, "none"):
                 groups.append(parent)  # a group in a known one is of that one
             known = [name for name in groups if name in TUMOUR_GROUPS | EXCLUSION_GROUPS]
-            if kind not in AREA_TYPES or len(xy) < 3:
-                skipped[f"{kind} of {len(xy)} points"] += 1
+            if kind in MARKS or kind in ("Polygon", "Spline") and len(xy) < 3:
+                skipped[f"{kind} of {len(xy)} points"] += 1  # as in CAMELYON's own files
+            elif kind not in AREA_TYPES or np.linalg.matrix_rank(xy - xy[:1]) < 2:
+                lost[f"{kind} of {len(xy)} points without area"] += 1
             elif groups[0] == "none":
-                skipped[f"{kind} without a group"] += 1
+                lost[f"{kind} without a group"] += 1
             elif (xy.min(0) >= size).any() or (xy.max(0) < 0).any():
-                skipped[f"{kind} off the slide"] += 1
+                lost[f"{kind} off the slide"] += 1
             elif known:
                 polygons.append((xy, known[0] in TUMOUR_GROUPS))
             else:
                 raise ValueError(f"group {groups[0]!r} is neither tumour nor exclusion")
-    except (ElementTree.ParseError, LookupError, TypeError, ValueError) as error:
+    except (OSError, ElementTree.ParseError, LookupError, TypeError, ValueError) as error:
         cure = "mend or remove it"
         raise DataError(f"{path}: not a usable ASAP annotation ({error}); {cure}") from None
-    found = ", ".join(f"{count} {kind}" for kind, count in skipped.items())
-    lost = re.search("without|off", found)
-    if skipped and not polygons or lost and not any(is_tumour for _, is_tumour in polygons):
+    found = ", ".join(f"{count} {kind}" for kind, count in (lost or skipped).items())
+    if lost and not any(is_tumour for _, is_tumour in polygons) or skipped and not polygons:
         cure = "give outlines a group in ASAP, or delete all shapes if the slide is normal"
         raise DataError(f"{path}: no outline of tumour can be used ({found}); {cure}")
     if lost:
@@ -327,7 +334,7 @@ def read_annotation(path, size=(1e7, 1e7)):
 def coordinates(node):
     """The points of an XML Annotation, put by their Order as in ASAP -> (n, 2) float."""
     points = list(node.iterfind("Coordinates/Coordinate"))  # iter: n^2 where they are nested
-    if all("Order" in point.keys() for point in points):
+    if any("Order" in point.keys() for point in points):
         points.sort(key=lambda point: float(point.get("Order")))
     xy = np.array([(float(p.get("X")), float(p.get("Y"))) for p in points]).reshape(-1, 2)
     if not (np.abs(xy) < 1e7).all():  # False for nan too
@@ -350,14 +357,15 @@ def find_slides(root=None, seed=0):
     slides = [f for f in files if f.suffix.lower() in (".tif", ".tiff", ".svs")]
     if not slides:
         raise DataError(f"{root}: no .tif, .tiff or .svs slides; give the folder that holds them")
-    tables = [f for f in files if f.name in ("stage_labels.csv", "stages.csv", "reference.csv")]
-    lines = [line.lower() for f in tables for line in f.read_text(errors="replace").splitlines()]
-    rows = [[cell.strip() for cell in row] for row in csv.reader(lines)]
-    normal = {row[0].rsplit(".", 1)[0] for row in rows if row[1:2] in (["negative"], ["normal"])}
+    tables = ("stage_labels.csv", "stages.csv", "reference.csv")
+    tables = [f.read_text(errors="replace") for f in files if f.name.lower() in tables]
+    cell = r"""^\W*([^,;\t"']+?)(?:\.tiff?|\.svs)?["' ]*[,;\t]["' ]*(?:negative|normal)\b"""
+    normal = set(re.findall(cell, "\n".join(tables).lower(), re.M))
+    shared = Path(os.path.commonpath([path.parent for path in slides]))
     xmls, sources, left_out = match_annotations(slides, files), [], []
     for path in slides:
         name, stem = path.relative_to(root).as_posix(), path.stem.lower()
-        side = re.search("(^|/)(train|test)[^/]*/", name.lower())
+        side = re.search("(^|/)(train|test)[^/]*/", path.relative_to(shared).as_posix().lower())
         if path in xmls or stem in normal or stem.startswith("normal"):
             sources.append(Source(name, path, xmls.get(path), side[2] if side else ""))
         else:
@@ -386,7 +394,12 @@ def patient(source):
 def walk(root):
     """Files below `root` but hidden ones, sorted; links are followed, no folder comes twice."""
     files, seen = [], set()
-    for folder, folders, names in os.walk(root, followlinks=True):
+
+    def unreadable(error):
+        raise DataError(f"{error.filename}: {error.strerror}; give a folder that can be read")
+
+    for folder, folders, names in os.walk(root, onerror=unreadable, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]
         folders.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
         if os.path.realpath(folder) in seen:
             folders.clear()
@@ -464,6 +477,10 @@ def tile_slides(sources, tile=512, mpp=0.5, level=None):
         size, k = slides[n].levels[0][:2], slides[n].nearest_level(mpp, level)
         annotations.append(read_annotation(source.xml, size) if source.xml else Annotation())
         found, empty = tiles_of(slides[n], annotations[n], k, tile)
+        if not found:
+            warn(f"{source.path}: no tissue was found, nothing is looked at")
+        elif any(t for _, t in annotations[n].polygons) and not any(row[2] for row in found):
+            warn(f"{source.xml}: no outline of tumour lies on tissue; is it of this slide?")
         rows += [(n, x, y, k, source.split == "train", *rest) for x, y, *rest in found]
         dropped.append(empty)
     return Tiles(sources, slides, annotations, tile, np.array(rows, TILE), dropped)
@@ -591,8 +608,8 @@ def load(tiles, batches, device, workers=0):
         if not re.search("shared memory|worker.* (killed|exited)", str(error)):
             raise
         cure = "give --workers 0, or a larger /dev/shm (docker run --shm-size 8g)"
-        raise DataError(f"a worker died, most likely for lack of shared memory; {cure}") from error
+        raise DataError(f"a worker died, most likely for lack of shared memory; {cure}") from None
 
 
 def hush(_):  # in a worker: its threads complain when the job has ended before it
-    sys.excepthook = lambda *_: None
+    sys.excepthook = sys.unraisablehook = lambda *_: None

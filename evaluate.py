@@ -151,7 +151,9 @@ def main(argv=None):
     train = tiles.table["train"]
     rows = np.flatnonzero({"test": ~train, "train": train, "all": train | ~train}[args.split])
     if not len(rows):
-        raise data.DataError(f"{args.data}: no tile in --split {args.split}; try --split all")
+        raise data.DataError(
+            f"{args.data}: no tile with tissue in --split {args.split}; try --split all"
+        )
     counts = count(model, tiles, rows, args)
     print(headline(summarise(tiles, rows, counts, classes=args.image_frac > 0)))
 

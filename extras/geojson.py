@@ -3,7 +3,8 @@
     python -m extras.geojson exported/*.geojson      # NAME.geojson -> NAME.xml beside it
 
 Pixel (0, 0) of level 0 spans 0 to 1 in QuPath; in the XML its centre is at 0: .5 is subtracted.
-Names that start with tumor, tumour or metasta are tumour; Ignore*, Normal, Exclusion are cut out.
+Tumor, Tumour, Metastasis, Metastases are tumour; Ignore*, Normal, Exclusion are cut out; in any
+case, and with a subclass (Tumor: Positive).
 """
 
 import argparse
@@ -16,7 +17,8 @@ import numpy as np
 import data
 from extras import outline
 
-TUMOUR, EXCLUSION = ("tumor", "tumour", "metasta"), ("ignore", "ignore*", "normal", "exclusion")
+TUMOUR = "tumor", "tumour", "metastasis", "metastases"
+EXCLUSION = "ignore", "normal", "exclusion"
 
 
 def write(path, rings, downsample):
@@ -41,9 +43,12 @@ def read(path):
         for feature in features:
             name, shape = feature["properties"].get("classification"), feature["geometry"]
             name = str(name["name"] if isinstance(name, dict) else name)
-            is_tumour = name.lower().startswith(TUMOUR)
+            base = name.lower().split(":")[0].strip(" *")
+            is_tumour = base in TUMOUR
+            if feature["properties"].get("objectType", "annotation") != "annotation":
+                raise ValueError("it has detections or cells; export the annotations alone")
             kind, parts = shape["type"], shape["coordinates"]
-            if not kind.endswith("Polygon") or not (is_tumour or name.lower() in EXCLUSION):
+            if not kind.endswith("Polygon") or not (is_tumour or base in EXCLUSION):
                 raise ValueError(f"a {kind} of class {name} is no area of tumour or to be ignored")
             for outer, *holes in [parts] if kind == "Polygon" else parts:
                 # One ring with detours to its holes: exclusions would clear lesions in them too.
