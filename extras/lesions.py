@@ -48,29 +48,31 @@ def compare(truth, found, level, min_area):
 def score(model, tiles, out, args):
     """Predict the slides of `tiles` into `out`, compare with their annotation -> the figures."""
     counts, slides, recall = [], [], {size: {"lesions": 0, "found": 0} for size, _ in SIZES}
-    for source, slide, truth in zip(tiles.sources, tiles.slides, tiles.annotations):
+    everything = zip(tiles.sources, tiles.slides, tiles.annotations)
+    for n, (source, slide, truth) in enumerate(everything):
         folder = out / Path(source.name).parent
         predict.predict_slide(model, source.path, folder, args)
         k, mpp = predict.working_level(slide, args)
         rings = predict.outlines(folder / f"{source.path.stem}_likelihood_map.tif", mpp, args)
         count, lesions, false = compare(truth, rings, slide.levels[k], args.min_area / mpp**2)
-        for diameter, found in lesions:
+        for diameter, was_found in lesions:
             size = next(size for size, least in SIZES if diameter * mpp / 1000 >= least)
             recall[size]["lesions"] += 1
-            recall[size]["found"] += found
+            recall[size]["found"] += was_found
         counts.append(count)
+        false = false if n in tiles.table["slide"] else None  # without tissue: not looked at
         slides.append({"slide": source.name, **dsc_iou(count[None]), "false_positives": false})
     scored = [slide for slide in slides if slide["dsc"] is not None]
     means = {k: float(np.mean([s[k] for s in scored])) if scored else None for k in ("dsc", "iou")}
-    false = float(np.mean([slide["false_positives"] for slide in slides]))
+    false = [slide["false_positives"] for slide in slides if slide["false_positives"] is not None]
+    false = float(np.mean(false)) if false else None
     results = {"lesion_recall": recall, "false_positives_per_slide": false}
     return dsc_iou(np.array(counts)) | results | {"per_slide": means | {"list": slides}}
 
 
 def dsc_iou(counts):
     """Rows of TP, FP, FN -> pooled DSC and IoU, a dict; None where there is no tumour."""
-    values = evaluate.dsc_iou(counts) if counts[:, [0, 2]].any() else (None, None)
-    return dict(zip(("dsc", "iou"), values))
+    return dict(zip(("dsc", "iou"), evaluate.dsc_iou(counts)))
 
 
 def headline(results):
@@ -80,7 +82,8 @@ def headline(results):
     sizes = [f"{n['found']} of {n['lesions']} {k}" for k, n in results["lesion_recall"].items()]
     text = f"whole slides: DSC {dsc}  IoU {iou}  mean of slides: DSC {mean}  lesion recall: "
     false = results["false_positives_per_slide"]
-    return f"{text}{', '.join(sizes)}  false positives per slide: {false:.2f}"
+    false = "null" if false is None else f"{false:.2f}"
+    return f"{text}{', '.join(sizes)}  false positives per slide: {false}"
 
 
 def main(argv=None):

@@ -34,6 +34,7 @@ def score(slides, tmp_path, monkeypatch):
         pyramid.write(folder / name, strips, 384, 384, 10)
         annotations, slide = [data.Annotation(polygons)], data.Slide(source.path)
         tiles = SimpleNamespace(sources=[source], slides=[slide], annotations=annotations)
+        tiles.table = np.zeros(1, data.TILE)  # a tile of the slide
         return lesions.score(None, tiles, tmp_path, SimpleNamespace(**predict.DEFAULTS))
 
     return figures
