@@ -122,8 +122,8 @@ class Slide:
                 self.fail(f"two pages of {width} x {height} px", "keep one image in the file")
             if down:
                 self.levels.append(self._level(page, width, height, down))
-            elif any(halvings(other, page) for other in self.misfits) or (
-                2 * width * height > base.imagewidth * base.imagelength
+            elif 2 * width * height > base.imagewidth * base.imagelength or any(
+                halvings(other, page) for other in self.misfits
             ):
                 self.fail(f"its largest page, {base.imagewidth} px wide, is not of its pyramid")
             else:
@@ -187,7 +187,7 @@ class Slide:
             image.tile = [image.tile[0]._replace(args=("RGB", lv.space))]
             image.load()
             return image
-        except Exception as error:  # so does Pillow
+        except Exception as error:  # Pillow raises many types on damaged blocks
             cure = "compare the file with the data set's checksums.md5"
             self.fail(f"block {n} at 1/{lv.downsample} is damaged ({error})", cure)
 
@@ -377,7 +377,10 @@ def find_slides(root=None, seed=0):
     train, test = ({patient(s) for s in sources if s.split == side} for side in ("train", "test"))
     partly = [s.name for s in sources if s.path.stem.lower() in PARTLY]
     for what, found in (
-        ("slides left out: not known to be normal, or outside the folders of the split", left_out),
+        (
+            "slides left out: not annotated nor known to be normal, or outside train and test",
+            left_out,
+        ),
         ("patients are both in train and in test", sorted(train & test)),
         ("slides are not outlined in full: 'normal' tiles may be tumour", partly),
     ):
