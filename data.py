@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 
 # Deviation: the paper names CAMELYON17; here its slides are taken for CAMELYON16's training set and
-# both releases are read, because 210 slides, 110 with tumour, from two hospitals are that set.
+# both releases are read, because its 110 tumour slides of two hospitals are there, 17 has five.
 TUMOUR_GROUPS = {"_0", "_1", "tumor", "metastases"}  # CAMELYON16, its test set, CAMELYON17
 EXCLUSION_GROUPS = {"_2", "exclusion", "normal"}
 AREA_TYPES, MARKS = {"Polygon", "Spline", "Rectangle"}, {"Dot", "PointSet", "None"}  # None: ruler
@@ -492,7 +492,7 @@ def tile_slides(sources, tile=512, mpp=0.5, level=None):
 def tiles_of(slide, annotation, level, tile):
     """Squares of a slide -> [(x, y, tumour share, label)] with tissue, number of those without."""
     # Deviation: the paper gives no rule for a tile's label; here cancer above 5 % tumour pixels,
-    # normal at none, and ambiguous between, because those tiles are neither.
+    # normal at none, and between no image label but a mask, because those tiles are neither.
     down, tiles = slide.levels[level].downsample, []
     # From (0, 0), so that tiles of 512 or 256 px are aligned with the JPEG blocks: 3 x less CPU.
     tissue = tissue_share(slide, level, tile)
