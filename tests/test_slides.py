@@ -128,7 +128,7 @@ def test_colours_are_those_of_the_tiff_tag_and_absent_blocks_white(written):
     assert np.array_equal(slide.read(0, 0, 0, 300, 200), truth)
     assert slide.levels[0].counts[1] == 0 and (truth[:128, 128:256] == 255).all()
     assert slide.mpp == pytest.approx(0.25)
-    assert [lv.downsample for lv in slide.levels] == [1, 2, 4, 8] and slide.misfits == []
+    assert [lv.downsample for lv in slide.levels] == [1, 2, 4, 8]
 
 
 def test_a_region_is_the_same_wherever_it_starts_and_white_beyond_the_edge(written):
@@ -204,7 +204,7 @@ def test_a_pyramid_in_subifds_equals_the_same_one_in_pages(tmp_path):
 def test_a_macro_larger_than_the_pyramid_is_refused(tmp_path):
     """It would be level 0, and the slide itself nothing but pages of another factor."""
     pages = [picture(1, 900, 310), *halves(picture(7), 3)]
-    with pytest.raises(data.DataError, match="a.tif: its largest page, 900 px wide"):
+    with pytest.raises(data.DataError, match="a.tif: only 1 of its 4 tiled pages .* 900 px wide"):
         data.Slide(write(tmp_path / "a.tif", pages))
 
 
@@ -212,17 +212,21 @@ def test_a_tiled_thumbnail_of_another_shape_is_no_level(tmp_path):
     pages = [*halves(picture(7), 3), picture(1, 150, 60)]
     slide = data.Slide(write(tmp_path / "a.tif", pages))
     assert sizes_of(slide) == [(300, 200, 1), (150, 100, 2), (75, 50, 4)]
-    assert slide.misfits == [(150, 60)]
 
 
-def test_levels_by_three_are_named_where_the_wanted_one_is_far(tmp_path, capsys):
+def test_levels_by_three_are_refused(tmp_path):
     """Only halves are read; a silent 4 x finer level would train a model on other tissue."""
     pages = [picture(7, 300, 210), picture(1, 100, 70)]
-    slide = data.Slide(write(tmp_path / "a.tif", pages))
-    assert slide.nearest_level(0.25) == 0 and not capsys.readouterr().err
-    assert slide.nearest_level(0.75) == 0
+    with pytest.raises(data.DataError, match="a.tif: only 1 of its 2 tiled pages"):
+        data.Slide(write(tmp_path / "a.tif", pages))
+
+
+def test_a_level_far_from_the_wanted_one_is_named(slide_file, capsys):
+    slide = data.Slide(slide_file)
+    assert slide.nearest_level(0.3) == 0 and not capsys.readouterr().err
+    assert slide.nearest_level(0.1) == 0
     said = capsys.readouterr().err
-    assert said.startswith("warning: ") and "a.tif" in said and "100 x 70" in said
+    assert said.startswith("warning: ") and "a.tif" in said and "0.25 um/px" in said
 
 
 def test_the_level_is_the_nearest_in_um_per_px_or_the_one_asked_for(slide_file):
