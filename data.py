@@ -6,8 +6,7 @@
     tiles = tile_slides(find_slides("CAMELYON16"))              # all tissue tiles
     image, mask, label = tiles[0, 0]                            # row 0, turn 0: as it is
 
-Annotations and the table of tiles are in level-0 pixels, `Slide.read` and masks in pixels of the
-level read. tifffile gives the index of a file, Pillow decodes its JPEG blocks.
+Annotations and tables are in level-0 pixels, `Slide.read` and masks in pixels of the level read.
 """
 
 import csv
@@ -61,8 +60,12 @@ class DataError(SystemExit, Exception):
         super().__init__("error: " + line.removeprefix("data.DataError: ").removeprefix("error: "))
 
 
-def warn(message):
-    print(f"warning: {message}", file=sys.stderr)
+def warn(message, names=None):
+    """Print a warning; with `names`, their number and them, and nothing where there are none."""
+    if names is not None:
+        message = f"{len(names)} {message}: {', '.join(names)}"
+    if names is None or names:
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def progress(items, what, total=None):
@@ -100,8 +103,7 @@ class Slide:
         except DataError:
             raise
         except Exception as error:  # tifffile raises many types on damaged files
-            said = " ".join(str(error).split())
-            self.fail(f"not a readable TIFF ({said})", "check the path, or download it again")
+            self.fail(f"not a readable TIFF ({error!r})", "check the path, or download it again")
 
     def fail(self, found, cure="convert it to a tiled JPEG pyramid TIFF"):
         raise DataError(f"{self.path}: {found}; {cure}")
@@ -147,8 +149,7 @@ class Slide:
         """The level nearest to `mpp` um/px, or `fallback` where the file has no resolution."""
         if not self.mpp:
             if fallback not in range(len(self.levels)):
-                found = f"no um/px in the file, which has levels 0 to {len(self.levels) - 1}"
-                self.fail(found, "say which with --level")
+                self.fail("no um/px in the file", f"give --level, 0 to {len(self.levels) - 1}")
             return fallback
         found = np.array([self.mpp * level.downsample for level in self.levels])
         k = int(np.abs(np.log(found / mpp)).argmin())
@@ -192,16 +193,14 @@ def um_per_px(text, tags):
     """A TIFF page's description and tags -> um per px, as OpenSlide has it; None if not told."""
     unit, resolution = tags.get("ResolutionUnit"), tags.get("XResolution")
     um = {2: 25400, 3: 10000}.get(unit.value if unit else 2)  # inch where missing, TIFF 6.0; cm
-    number = r"([+]?(?:\d+[.,]?\d*|[.,]\d+)(?:[eE][+-]?\d+)?)"
-    aperio = re.search(r"\bMPP\s*=\s*" + number, text)
-    philips = re.search(r'"DICOM_PIXEL_SPACING"[^>]*>[^\d.,<]*' + number, text)
-    if aperio or philips:
-        mpp = float((aperio or philips)[1].replace(",", ".")) * (1 if aperio else 1000)
+    number, mpp = r"\+?([\d.,]+(?:[eE][+-]?\d+)?)", 0
+    if aperio := re.search(r"\bMPP\s*=\s*" + number, text):
+        mpp = float(aperio[1].replace(",", "."))
+    elif philips := re.search(r'"DICOM_PIXEL_SPACING"[^>]*>[^\d.,<]*' + number, text):
+        mpp = 1000 * float(philips[1].replace(",", "."))
     elif um and resolution:
         value, count = (*np.atleast_1d(resolution.value).tolist(), 1)[:2]  # a float, or a ratio
         mpp = um * count / value if value else 0
-    else:
-        return None
     return mpp if 0.05 < mpp < 20 else None  # 72 dpi and the like are placeholders
 
 
@@ -214,12 +213,13 @@ def tissue_share(slide, level, tile):
     """
     # Deviation: the paper does not say how tiles were found; here tissue by chroma, because
     # HSV saturation breaks on near-black noise and a fixed value breaks across centres.
-    side = tile * slide.levels[level].downsample  # seen at 1/32, 8 um/px, or so that it has 8 px
-    fits = [lv.downsample <= min(32, max(1, side // 8)) for lv in slide.levels]
-    k = max(k for k, lv in enumerate(slide.levels) if fits[k] and side % lv.downsample == 0)
+    side = tile * slide.levels[level].downsample
+    coarsest = min(32, max(1, side // 8))  # 8 um/px, or that of 8 px in a square
+    fits = [lv.downsample <= coarsest and side % lv.downsample == 0 for lv in slide.levels]
+    k = max(np.flatnonzero(fits).tolist())
     low = slide.levels[k]
     if low.width * low.height > 1 << 27:
-        slide.fail(f"its smallest level up to 1/{min(32, side // 8)} is too large to look at")
+        slide.fail(f"its smallest level up to 1/{coarsest} is too large to look at")
     colours = slide.read(k, 0, 0, low.width, low.height).transpose(2, 0, 1)
     chroma = colours.max(0) - colours.min(0)
     mask = Image.fromarray((chroma > np.clip(otsu(chroma), 8, 30)).astype(np.float32))
@@ -339,7 +339,10 @@ def find_slides(root=None, seed=0):
         from extras import synthetic  # the only import of extras/ in these five files
 
         root = synthetic.cached()
-    files = walk(root)
+    try:
+        files = sorted(walk(Path(root), set()))
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror}; give a folder to read") from None
     slides = [f for f in files if f.suffix.lower() in (".tif", ".tiff", ".svs")]
     slides = [f for f in slides if not f.stem.lower().endswith(NO_SLIDES)]
     if not slides:
@@ -358,35 +361,20 @@ def find_slides(root=None, seed=0):
     left_out += [s.name for s in sources if given and not s.split]
     sources = [s for s in sources if s.split] if given else seeded_split(sources, seed)
     train, test = ({patient(s) for s in sources if s.split == side} for side in ("train", "test"))
-    doubts = {
-        "slides left out, without XML and not known as normal, or in neither folder": left_out,
-        "patients both in train and in test": sorted(train & test),
-        "slides not outlined in full: 'normal' tiles may be tumour": [
-            s.name for s in sources if s.path.stem.lower() in PARTLY
-        ],
-    }
-    for doubt, names in doubts.items():
-        if names:
-            warn(f"{len(names)} {doubt}: {', '.join(names)}")
+    partly = [s.name for s in sources if s.path.stem.lower() in PARTLY]
+    warn("slides left out: no XML and not known as normal, or outside train and test", left_out)
+    warn("patients are both in train and in test", sorted(train & test))
+    warn("slides are not outlined in full, 'normal' tiles of theirs may be tumour", partly)
     return sources
 
 
-def walk(root):
-    """Files below `root` but hidden ones, sorted; links are followed, no folder comes twice."""
-    files, seen = [], set()
-
-    def unreadable(error):
-        raise DataError(f"{error.filename}: {error.strerror}; give a folder that can be read")
-
-    for folder, folders, names in os.walk(root, onerror=unreadable, followlinks=True):
-        folders[:] = [name for name in folders if name[0] != "."]
-        folders.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
-        if os.path.realpath(folder) in seen:
-            folders.clear()
-        else:
-            files += [Path(folder, name) for name in names if name[0] != "."]
-        seen.add(os.path.realpath(folder))
-    return sorted(files)
+def walk(folder, seen):
+    """Yield the files below `folder` but hidden ones; links are followed, no folder comes twice."""
+    if folder.resolve() not in seen:
+        seen.add(folder.resolve())
+        inside = [path for path in folder.iterdir() if path.name[0] != "."]
+        for path in sorted(inside, key=lambda path: (path.is_symlink(), path)):
+            yield from walk(path, seen) if path.is_dir() else [path]
 
 
 def normal_slides(files):
@@ -471,10 +459,16 @@ def tile_slides(sources, tile=512, mpp=0.5, level=None):
     for n, source in enumerate(progress(sources, "tissue")):
         size, k = slides[n].levels[0][:2], slides[n].nearest_level(mpp, level)
         annotation = read_annotation(source.xml, size) if source.xml else Annotation()
-        rows = [
-            (n, *xy, k, source.split == "train", tumour, label)
-            for *xy, tumour, label in tiles_of(slides[n], annotation, k, tile)
-        ]
+        down, rows = slides[n].levels[k].downsample, []
+        # From (0, 0): tiles of 512 or 256 px are aligned with the JPEG blocks, 3 x less CPU.
+        squares = np.argwhere(tissue_share(slides[n], k, tile) >= TISSUE_SHARE) * tile
+        for y, x in squares.tolist():
+            # Deviation: the paper gives no rule for a tile's label; here cancer above 5 % tumour
+            # pixels, normal at none, and between no image label but a mask, because those tiles are
+            # neither.
+            tumour = float(annotation.mask(x, y, tile, tile, down).mean())
+            label = CANCER if tumour > CANCER_SHARE else AMBIGUOUS if tumour > 0 else NORMAL
+            rows.append((n, x * down, y * down, k, source.split == "train", tumour, label))
         if not rows:
             warn(f"{source.path}: no tissue was found, nothing is looked at")
         elif any(t for _, t in annotation.polygons) and not any(row[5] for row in rows):
@@ -482,19 +476,6 @@ def tile_slides(sources, tile=512, mpp=0.5, level=None):
         annotations.append(annotation)
         table += rows
     return Tiles(sources, slides, annotations, tile, np.array(table, TILE))
-
-
-def tiles_of(slide, annotation, level, tile):
-    """Yield the squares of a slide that have tissue: x, y, tumour share, label."""
-    # Deviation: the paper gives no rule for a tile's label; here cancer above 5 % tumour pixels,
-    # normal at none, and between no image label but a mask, because those tiles are neither.
-    down = slide.levels[level].downsample
-    # From (0, 0), so that tiles of 512 or 256 px are aligned with the JPEG blocks: 3 x less CPU.
-    squares = np.argwhere(tissue_share(slide, level, tile) >= TISSUE_SHARE) * tile
-    for y, x in squares.tolist():
-        tumour = float(annotation.mask(x, y, tile, tile, down).mean())
-        label = CANCER if tumour > CANCER_SHARE else AMBIGUOUS if tumour > 0 else NORMAL
-        yield x * down, y * down, tumour, label
 
 
 def choose_labels(tiles, pixel_frac, image_frac, label_unit="tile", seed=0):
@@ -543,18 +524,15 @@ def nested(table, rows, unit, fraction, seed):
 
 
 def describe(tiles, mask_rows, label_rows):
-    """Lines to print, one per split: its slides, scales, tiles, labels."""
+    """Lines to print, one per split: its slides, tiles, labels."""
     for split in ("train", "test"):
-        slides = sum(source.split == split for source in tiles.sources)
         rows = np.flatnonzero(tiles.table["train"] == (split == "train"))
-        read = set(tiles.table[["slide", "level"]][rows].tolist())
-        read = [(tiles.slides[n].mpp or 0) * tiles.slides[n].levels[k].downsample for n, k in read]
+        slides = len(np.unique(tiles.table["slide"][rows]))
         kinds = [(tiles.table["label"][rows] == kind).sum() for kind in (CANCER, NORMAL, AMBIGUOUS)]
         masks, labels = (np.isin(rows, used).sum() for used in (mask_rows, label_rows))
         yield (
-            f"{split}: {slides} slides at {sorted({round(mpp, 2) for mpp in read})} um/px; "
-            f"{len(rows)} tiles: {kinds[0]} cancer, {kinds[1]} normal, {kinds[2]} ambiguous; "
-            f"{masks} with masks, {labels} image labels"
+            f"{split}: {slides} slides; {len(rows)} tiles: {kinds[0]} cancer, {kinds[1]} normal, "
+            f"{kinds[2]} ambiguous; {masks} with masks, {labels} image labels"
         )
 
 

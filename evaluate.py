@@ -26,10 +26,8 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         Network(checkpoint["args"]["width"]).load_state_dict(checkpoint["model"])
     except Exception as error:  # torch raises many types on files that are not its own
-        said = " ".join(str(error).split())[:100]
-        raise data.DataError(
-            f"{path}: no checkpoint of train.py ({said}); give its last.pt"
-        ) from None
+        said = f"no checkpoint of train.py ({type(error).__name__})"
+        raise data.DataError(f"{path}: {said}; give its last.pt") from None
     return checkpoint
 
 
@@ -151,9 +149,7 @@ def main(argv=None):
     train = tiles.table["train"]
     rows = np.flatnonzero({"test": ~train, "train": train, "all": train | ~train}[args.split])
     if not len(rows):
-        raise data.DataError(
-            f"{args.data}: no tile with tissue in --split {args.split}; try --split all"
-        )
+        raise data.DataError(f"{args.data}: no tissue in --split {args.split}; try --split all")
     counts = count(model, tiles, rows, args)
     print(headline(summarise(tiles, rows, counts, classes=args.image_frac > 0)))
 

@@ -196,7 +196,7 @@ def check_mutants(tmp_path, count, files, kinds, function, suffix):
 def read_slide(path):
     """What train.py does with a slide: open, look for tissue, read."""
     slide = data.Slide(path)
-    list(data.tiles_of(slide, data.Annotation(), 0, 512))
+    data.tissue_share(slide, 0, 512)
     for k, lv in enumerate(slide.levels):
         for x, y in ((0, 0), (lv.width - 70, lv.height - 70), (lv.width // 2, lv.height // 2)):
             slide.read(k, x, y, 100, 100)
