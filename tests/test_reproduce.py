@@ -5,6 +5,8 @@ Training is made up, but for one run in a worker of its own.
 
 import csv
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -74,23 +76,30 @@ def started(monkeypatch):
 
 
 def arguments(*argv):
-    return reproduce.parse_args([str(a) for a in argv], [*tables.tables()])
+    return reproduce.parse_args([str(a) for a in argv])
 
 
 @pytest.mark.parametrize("fractions", [[], ["--fractions", 0, 0.02, 1]])
-def test_every_run_of_every_table_is_a_command_of_train(tmp_path, fractions):
+def test_every_run_of_every_table_is_a_command_of_train(tmp_path, monkeypatch, fractions):
+    """Those of a method are of baselines, which multiplies only an lr that it is not given."""
     args = arguments("all", "--out", tmp_path, "--lr", 2e-3, *fractions)
-    runs = {k: v for name in args.names for k, v in reproduce.runs_of(name, args).items()}
-    seen = set()
-    for (name, seed), flags in runs.items():
-        argv = reproduce.command(args, flags, seed)
-        method = argv.pop(0) if argv[0] in baselines.METHODS else None
-        parsed, _ = train.parse_args(argv)
+    runs = set().union(*(reproduce.runs_of(name, args) for name in args.names))
+    commands, seen = [], set()
+
+    def keep(argv, method=None):
+        commands.append((method, train.parse_args(argv)[0]))
+        raise data.DataError("enough")
+
+    monkeypatch.setattr(train, "main", keep)
+    monkeypatch.setattr(baselines, "main", lambda argv: keep(argv[1:], argv[0]))
+    for name, seed in runs:
+        reproduce.carry_out(args, name, seed)
+        method, parsed = commands.pop()
         assert parsed.lr == pytest.approx(2e-3 * (baselines.MIL_LR if method == "mil" else 1))
-        seen.add((method, *(vars(parsed)[k.replace("-", "_")] for k in reproduce.OWN[:8])))
-        assert parsed.seed == seed and parsed.pixel_frac == flags["pixel-frac"], name
+        seen.add((method, *(vars(parsed)[k] for k in reproduce.VARIED)))
+        assert parsed.seed == seed and f"pixel-frac={parsed.pixel_frac:g}" in name.split(",")
     assert len(seen) == len(runs)  # no run under two names
-    assert "image-frac=0,pixel-frac=0.02" * bool(fractions) in {name for name, _ in runs} | {""}
+    assert not fractions or ("image-frac=0,pixel-frac=0.02", 0) in runs
 
 
 def test_the_same_settings_are_one_run():
@@ -101,77 +110,83 @@ def test_the_same_settings_are_one_run():
     )
     assert len(one | two | three) == 6 + 4 + 4  # beta 3, alpha 1, DWCE + DWCE are one
     assert four == five and len(four) == 4 * 11 - 2  # all masks, by tile or by slide: one
-    assert "image-frac=0,label-unit=slide,pixel-frac=0" in {name for name, _ in four}
-    assert strip.items() <= four.items() and ("pixel-frac=0.1", 0) in strip.keys() & one.keys()
-    few = arguments("strip", "--fractions", 0, 0.2, 0.05)
-    assert {name for name, _ in reproduce.runs_of("strip", few)} == {
-        "image-frac=0,pixel-frac=0.05",
-        "pixel-frac=0.05",
-    }
+    assert ("image-frac=0,label-unit=slide,pixel-frac=0", 0) in four
+    assert strip < four and ("pixel-frac=0.1", 0) in strip & one
+    flags = [f"--{name}={value}" for name, value in tables.DEFAULTS.items()]
+    said, unsaid = (vars(train.parse_args(argv)[0]) for argv in (flags, []))
+    assert said | {"out": ""} == unsaid | {"out": ""}  # a name leaves out what train.py does
 
 
 def test_the_papers_figures_agree_with_each_other():
     """IoU = DSC / (2 - DSC) in every row but the headline; a wrong digit would show."""
-    pairs = ("table1",) * 2, ("table2",) * 2, ("table3",) * 2, ("table4", "table5")
-    for one, two in (*pairs, ("table6", "table7")):
-        a, b = (tables.tables()[name] for name in (one, two))
-        for row in a.rows:
-            dsc, iou = a.published(row, "dsc"), b.published(row, "iou")
-            assert list(dsc) == list(iou) and (not dsc or set(a.columns) <= set(dsc))
-            for column, value in dsc.items():
-                if row not in ("S+C", "this method") or column != "10 %":
-                    near = 0.00015 if one == two else 0.002  # 4 digits there, 3 here
-                    assert abs(value / (2 - value) - iou[column]) < near, (row, column)
-    sc = tables.tables()["table4"].published("S+C", "dsc")
-    assert tables.tables()["table6"].published("this method", "dsc").items() <= sc.items()
+    columns = {"beta": 6, "alpha": 5, "class + segmentation loss": 5}
+    for (title, row), dsc in tables.PUBLISHED.items():
+        if "IoU" not in title + row:
+            iou = tables.PUBLISHED[title.replace("DSC", "IoU"), row.replace("DSC", "IoU")]
+            dsc, iou = dsc.split(), iou.split()
+            assert len(dsc) == len(iou) == columns.get(title, len(tables.FRACTIONS))
+            for n, (one, two) in enumerate(zip(dsc, iou)):
+                if "-" in (one, two):
+                    assert one == two and tables.FRACTIONS[n] not in tables.COMPARED
+                elif row != "S+C" or tables.FRACTIONS[n] != 0.1:
+                    near = 0.00015 if title in columns else 0.002  # 4 digits there, 3 here
+                    assert abs(float(one) / (2 - float(one)) - float(two)) < near, (row, n)
 
 
 def test_differences_intervals_and_gaps_by_hand():
-    assert tables.mean_sd([]) == "" and tables.mean_sd([1.0]) == "1.000"
-    assert tables.mean_sd([0.5, 0.6]) == ".550 ± .071"
+    def cell(*values):
+        return dict(enumerate(values))
+
+    def gap_closed(sc, s, full):
+        return tables.gap_closed(cell(*sc), cell(*s), cell(*full))
+
+    assert tables.mean_sd({}) == "" and tables.mean_sd({2: 1.0}) == "1.000 (n = 1)"
+    assert tables.mean_sd(cell(0.5, 0.6)) == "0.550 ± 0.071 (n = 2)"
     # Mean .2, sd .1: half an interval is 4.303 * .1 / sqrt(3).
-    assert tables.paired([0.1, 0.2, 0.3]) == "+.200 [-.048, .448]"
-    # sd .1 sqrt(2): 12.706 * .1 = 1.2706, and no digit before the point may be lost.
-    assert tables.paired([-10, -9.8]) == "-9.900 [-11.171, -8.629]"
-    assert tables.paired([-0.1]) == "-.100" and tables.paired([]) == ""
-    assert tables.gap_closed([0.7], [0.59, 0.61], [0.79, 0.81]) == "50 %"
-    assert tables.gap_closed([0.7], [0.59, 0.61], [0.63, 0.65]) == "no gap"  # below .05
-    assert tables.gap_closed([0.7], [0.4, 0.8], [0.79, 0.81]) == "no gap"  # .2 < 2 * .2
-    assert tables.gap_closed([0.7], [0.6], [0.79, 0.81]) == ""  # no error from one seed
+    found = tables.paired(cell(0.2, 0.4, 0.6), cell(0.1, 0.2, 0.3) | {7: 1})
+    assert found == "+0.200 [-0.048, 0.448] (n = 3)"
+    # sd .1 sqrt(2): 12.706 * .1 = 1.2706.
+    found = tables.paired(cell(-10, -9.8), cell(0, 0))
+    assert found == "-9.900 [-11.171, -8.629] (n = 2)"
+    assert tables.paired(cell(0.1), cell(0.2)) == "-0.100 (n = 1)"
+    assert tables.paired(cell(0.1), {}) == tables.paired({}, cell(0.1)) == ""
+    assert gap_closed([0.7], [0.59, 0.61], [0.79, 0.81]) == "50 %"
+    assert gap_closed([0.7], [0.59, 0.61], [0.63, 0.65]) == "no gap"  # below .05
+    assert gap_closed([0.7], [0.4, 0.8], [0.79, 0.81]) == "no gap"  # .2 < 2 * .2
+    assert gap_closed([0.7], [0.6], [0.79, 0.81]) == ""  # no error from one seed
 
 
 def test_tables_as_text():
-    def measured(flags, metric):
-        dsc = {0.02: 0.6, 0.1: 0.7, 1: 0.8}[flags["pixel-frac"]]
-        dsc += 0.05 * ("image-frac" not in flags) - 0.3 * ("label-unit" in flags)
-        return {} if dsc < 0.31 else {seed: dsc + seed / 100 for seed in (0, 1, 2)}
-
-    lines = tables.markdown(tables.tables([0.02, 0.1, 1])["table4"], measured, "A.").split("\n")
+    table, rows = tables.tables([0.02, 0.1, 1])["table4"], {}
+    for group, column in ((g, c) for g in table.rows for c in table.columns):
+        dsc = {"2 %": 0.6, "10 %": 0.7, "100 %": 0.8}[column] + 0.05 * group.startswith("S+C")
+        by_slide = "slide" in group and column != "100 %"  # all masks are all masks
+        if not by_slide or group == "S, masks by slide" and column == "10 %":
+            for seed in (0, 1, 2):
+                found = dsc - 0.3 * by_slide + seed / 100
+                rows[table.run(group, column), seed] = {"dsc": found, "iou": 0.0}
+    lines = tables.markdown(table, rows, "A.").split("\n")
     assert lines[:9] == [
         "| DSC, masks on | 2 % | 10 % | 100 % |",
         "| --- | --- | --- | --- |",
         "| S, paper |  | .728 | .868 |",
-        "| S, here | .610 ± .010 | .710 ± .010 | .810 ± .010 |",
+        "| S, here | .610 ± .010 (n = 3) | .710 ± .010 (n = 3) | .810 ± .010 (n = 3) |",
         "| S+C, paper |  | .831 | .871 |",
-        "| S+C, here | .660 ± .010 | .760 ± .010 | .860 ± .010 |",
-        "| S+C - S, paired | +.050 [.050, .050] | +.050 [.050, .050] | +.050 [.050, .050] |",
+        "| S+C, here | .660 ± .010 (n = 3) | .760 ± .010 (n = 3) | .860 ± .010 (n = 3) |",
+        f"| S+C - S, paired |{3 * ' +.050 [.050, .050] (n = 3) |'}",
         "| gap closed | 25 % | 50 % | no gap |",
-        "| S, masks by slide, here |  | .410 ± .010 | .810 ± .010 |",
+        "| S, masks by slide, here |  | .410 ± .010 (n = 3) | .810 ± .010 (n = 3) |",
     ]
-    assert lines[-2].startswith("A. Mean ± sd, n = 3 seeds. Paired: ")
+    assert lines[-2].startswith("A. Mean ± sd, n as in the cells. Paired: ")
 
-    def uneven(flags, metric):
-        return {seed: flags.get("beta", 3) / 10 + seed / 10 for seed in range(flags["beta"] % 3)}
-
-    text = tables.markdown(tables.tables()["table1"], uneven, "")
+    rows = {("beta=1,pixel-frac=0.1", 0): {"dsc": 0.7}, ("beta=2,pixel-frac=0.1", 0): {"dsc": 0.65}}
+    rows |= {("beta=2,pixel-frac=0.1", 1): {"dsc": 12.75}, ("pixel-frac=0.1", 0): {}}
+    text = tables.markdown(tables.tables()["table1"], rows, "")
     assert "| DSC, paper | .8431 | .8437 | .8479 | .8450 | .8423 | .8419 |" in text
-    assert "| DSC, here | .1000 (n = 1) | .2500 ± .0707 (n = 2) |  | .4000 (n = 1) |" in text
-    assert "| DSC, max - min of means | .4500 |" in text and "| IoU, mean sd | .0707 |" in text
-    assert "n as in the cells" in text
-    losses = tables.tables()["table3"]
-    text = tables.markdown(losses, lambda f, _: {0: 0.1 * (f["seg-loss"] == "ce") + 0.7}, "")
-    assert "| DSC - CE + CE, paired |  | -.1000 | -.1000 | -.1000 | -.1000 |" in text
-    assert "n = 1 seed." in text
+    assert "| DSC, here | .700 (n = 1) | 6.700 ± 8.556 (n = 2) |  |  |  |  |" in text
+    assert "| DSC against 1, paired |  | -.050 (n = 1) |  |  |  |  |" in text
+    assert "| IoU, here |  |  |  |  |  |  |" in text
+    assert "10.25" in tables.markdown(table, {("pixel-frac=1", 0): {"dsc": 10.25}}, "")
 
 
 def test_a_sweep_that_is_stopped_goes_on_and_gives_the_same_files(started, slides, tmp_path):
@@ -179,13 +194,13 @@ def test_a_sweep_that_is_stopped_goes_on_and_gives_the_same_files(started, slide
     whole, stopped = (["--seeds", 2, "--out", tmp_path / name] for name in ("whole", "stopped"))
     out = ok(reproduce.main, *argv, *whole)
     assert len(started) == 5 * 2 * 2  # S and four methods, two fractions, two seeds
-    assert "| S, here | .515 ± .007 | .605 ± .007 |" in out
-    for number in (2, 5):  # S, and transfer learning
+    assert "| S, here | .515 ± .007 (n = 2) | .605 ± .007 (n = 2) |" in out
+    for number in (2, 5):  # S, and multi-task
         started.kill = {len(started) + number}
         status, _, err = call(reproduce.main, *argv, *stopped)
         assert status == 1 and "the same command goes on" in err
     listed = ok(reproduce.main, *argv, *stopped, "--list").splitlines()
-    assert listed[0] == "table6: 20 runs, 15 missing, about 15 minutes"
+    assert listed[0] == "table6: 20 runs, 15 missing"
     ok(reproduce.main, *argv, *stopped)
     assert len(started) == 20 + 2 + 5 + 15
     assert [name for name, resumed in started if resumed] == ["image-frac=0,pixel-frac=1,seed=0"]
@@ -199,12 +214,25 @@ def test_a_sweep_that_is_stopped_goes_on_and_gives_the_same_files(started, slide
 def test_tables_need_the_rows_alone_and_pictures_the_checkpoints(started, slides, tmp_path):
     argv = ["--data", slides, *TINY, "--fractions", 0.1, "--seeds", 1, "--out", tmp_path]
     out = ok(reproduce.main, "table4", *argv)
-    assert len(started) == 4 and out.count("| S, here | .510 |") == 1
+    assert len(started) == 4 and out.count("| S, here | .510 (n = 1) |") == 1
+    ok(reproduce.main, "strip", *argv)
+    assert len(started) == 4 and (tmp_path / "strip.png").exists()
     (tmp_path / "runs").rename(tmp_path / "gone")
     assert ok(reproduce.main, "table4", *argv) == out[out.index("| DSC") :]
-    assert ok(reproduce.main, "strip", *argv, "--jobs", 0) == "" and len(started) == 4
-    assert "strip.png" in ok(reproduce.main, "strip", *argv)
-    assert len(started) == 6 and (tmp_path / "strip.png").exists()
+    assert "no checkpoint" in one_line_of(*call(reproduce.main, "strip", *argv))
+    assert ok(reproduce.main, "fig8", *argv, "--jobs", 0) == "" and len(started) == 4
+
+
+def test_the_rows_of_the_docs_give_the_tables_of_the_docs(tmp_path):
+    """docs/results.md leaves out columns that have not all seeds, and the number of seeds."""
+    docs = Path(reproduce.__file__).parents[1] / "docs"
+    shutil.copy(docs / "ebhi.csv", tmp_path / "runs.csv")
+    text = (docs / "results.md").read_text()
+    (argv,) = re.findall(r"^python -m extras.reproduce (table4 table5 .*) --out", text, re.M)
+    out = ok(reproduce.main, *argv.split(), "--out", tmp_path, "--jobs", 0)
+    rows = [set(re.sub(r" \(n = \d+\)", "", line).split(" | ")) for line in out.splitlines()]
+    published = re.findall(r"^\| (?:S.*(?:here|paired)|gap closed) \| .* \|$", text, re.M)
+    assert published and all(any(row >= {*line.split(" | ")} for row in rows) for line in published)
 
 
 def test_runs_of_other_settings_do_not_mix(started, slides, tmp_path):
@@ -243,51 +271,67 @@ def test_pictures_show_tissue_with_outlines(started, slides, tmp_path, monkeypat
     monkeypatch.setattr(evaluate, "count", lambda _, tiles, rows, run: np.ones((len(rows), 4)))
     argv = ["fig8", "strip", "--data", slides, *TINY, "--fractions", 0.1, "--seeds", 1]
     ok(reproduce.main, *argv, "--out", tmp_path)
-    side, left, top = reproduce.PITCH, reproduce.MARGIN, reproduce.HEAD
+    side, top = reproduce.SIDE, reproduce.HEAD
     for name, columns, lines in (("fig8", 3, 12), ("strip", 4, 3)):
         picture = np.asarray(Image.open(tmp_path / f"{name}.png"))
-        assert picture.shape == (top + lines * side, left + columns * side, 3)
-        panels = picture[top : top + side, left:].reshape(side, columns, side, 3)
-        tile, truth, *predicted = panels.transpose(1, 0, 2, 3)
+        height, width = (n + reproduce.GAP for n in (top + side, side))
+        assert picture.shape == (height * lines, width * columns, 3)
+        panels = picture[:height].reshape(height, columns, width, 3).transpose(1, 0, 2, 3)
+        assert all((panel[:top] < 128).any() for panel in panels)  # texts
+        tile, truth, *predicted = panels[:, top : top + side, :side]
         green = (truth == reproduce.GREEN).all(2)
         assert green.any() and (tile == truth)[~green].all() and tile[:200, :200].std() > 5
         for panel in predicted:
             yellow = (panel == reproduce.YELLOW).all(2)
             assert yellow.sum() == 4 * (20 * 224 // 64 - 1) and (tile == panel)[~yellow].all()
-        assert (picture[:top, left:] < 128).any() and (picture[top:, :left] < 128).any()  # texts
 
 
-def test_tiles_are_chosen_by_rule():
-    class Tiles:  # tile n has n pixels of tumour, of which odd ones touch the edge
-        def __getitem__(self, key):
-            mask = torch.zeros(9, 9)
-            mask[1 : 1 + key[0] % 7, 1] = 1
-            mask[0, 0] = key[0] % 2
-            return None, mask, 1
+def test_the_tiles_of_a_picture_are_chosen_by_rule(started, slides, tmp_path, monkeypatch):
+    """Least tumour, about three quarters of it, and at the quartiles of the DSC of S+C."""
 
-    rows, share = np.arange(20), np.linspace(0.06, 1, 20)
-    assert reproduce.choose("fig7", Tiles(), rows, share).tolist() == [0, 2, 4]
-    assert reproduce.choose("fig7", Tiles(), rows[1::2], share[1::2]).tolist() == [1, 3, 5]
-    assert reproduce.choose("fig8", Tiles(), rows, share).tolist() == [16, 15, 14]
-    assert reproduce.choose("strip", Tiles(), rows[:5], [5, 4, 3, 2, 1]).tolist() == [3, 2, 1]
+    def count(model, tiles, rows, run):  # the first tile is the best
+        return np.array([(n, 0, 1, 1) for n in range(len(rows), 0, -1)])
+
+    tiles = data.tile_slides(data.find_slides(slides), tile=64, mpp=1)
+    cancer = tiles.table[~tiles.table["train"] & (tiles.table["label"] == data.CANCER)]
+    share, last = cancer["tumour"], len(cancer) - 1
+    expected = {
+        "fig7": np.argsort(share, kind="stable")[:3],
+        "fig8": np.argsort(abs(share - 0.75), kind="stable")[:3],
+        "strip": [last - round(q * last) for q in (0.25, 0.5, 0.75)],
+    }
+    texts, panel = [], reproduce.panel
+    monkeypatch.setattr(evaluate, "count", count)
+    monkeypatch.setattr(reproduce, "panel", lambda *x: texts.append(x[3]) or panel(*x))
+    argv = ["--data", slides, *TINY, "--fractions", 0.1, "--seeds", 1, "--out", tmp_path]
+    for name, chosen in expected.items():
+        ok(reproduce.main, name, *argv)
+        found = list(dict.fromkeys(text for text in texts if ", x " in text))
+        assert [text.split(", ", 1)[1] for text in found] == [
+            f"x {tile['x']}, y {tile['y']}" for tile in cancer[chosen]
+        ]
+        texts.clear()
 
 
 def test_a_worker_trains(slides, tmp_path):
     argv = ["table4", "--data", slides, *TINY[:4], "--width", 4, "--epochs", 1]
-    args = arguments(*argv, "--out", tmp_path)
-    run = "image-frac=0,pixel-frac=1", 0
-    assert reproduce.carry_out_all(args, {run: {"image-frac": 0, "pixel-frac": 1}}) == 0
-    (row,) = reproduce.read_rows(args.rows, args.flags).items()
-    results = json.loads((reproduce.folder(args, *run) / "results.json").read_text())
+    args, run = arguments(*argv, "--out", tmp_path), ("image-frac=0,pixel-frac=1", 0)
+    assert reproduce.carry_out_all(args, [run]) is None
+    (row,) = reproduce.read_rows(args).items()
+    out = tmp_path / "runs/image-frac=0,pixel-frac=1,seed=0"
+    results = json.loads((out / "results.json").read_text())
     assert row[0] == run and row[1]["dsc"] == pytest.approx(results["dsc"], rel=1e-5)
-    assert "train: 8 slides" in (reproduce.folder(args, *run) / "train.log").read_text()
-    evaluate.load(reproduce.folder(args, *run) / "last.pt")
+    assert "train: 8 slides" in (out / "train.log").read_text()
+    evaluate.load(out / "last.pt")
 
 
 def test_what_is_not_known_is_refused():
     for argv in (["table9"], ["--mpp", 2, "table4"], ["table4", "--seeds", 11]):
         one_line_of(*call(reproduce.main, *argv))
-    for flag in reproduce.OWN[:-2] + ["resume"]:
-        assert "leave it out" in one_line_of(*call(reproduce.main, "table1", f"--{flag}", 1))
+    values = dict(zip(reproduce.VARIED, (1, 0.2, 0.3, "slide", 2, 2, "ce", "fw")))
+    for name, value in values.items():
+        flag = "--" + name.replace("_", "-")
+        for said in ([flag, value], [f"{flag}={value}"], [flag[:-1], value]):  # in part, too
+            assert "leave it out" in one_line_of(*call(reproduce.main, "table1", *said))
     assert "multiple of 8" in one_line_of(*call(reproduce.main, "table1", "--tile", 60))
-    assert "shares" in one_line_of(*call(reproduce.main, "table4", "--fractions", 0))
+    assert "shares" in one_line_of(*call(reproduce.main, "table4", "--fractions", 10))
