@@ -27,8 +27,8 @@ import tifffile
 import torch
 from PIL import Image
 
-# Deviation: the paper names CAMELYON17; here its slides are taken for CAMELYON16's training set and
-# both releases are read, because its 110 tumour slides of two hospitals are there, 17 has five.
+# Deviation: the paper names CAMELYON17; here CAMELYON16 is meant and both are read, because 110
+# tumour slides of two hospitals are 16's training set.
 GROUPS = dict.fromkeys(("_0", "_1", "tumor", "metastases"), True)  # of CAMELYON16, 16's test, 17
 GROUPS |= dict.fromkeys(("_2", "exclusion", "normal"), False)  # cleared from those
 AREAS = {"Polygon", "Spline", "Rectangle"}  # not Dot, PointSet, None (a ruler)
@@ -211,8 +211,8 @@ def tissue_share(slide, level, tile):
     threshold, held in [8, 30]: lower, and an empty slide becomes tissue; higher, and a slide
     without background loses half of it.
     """
-    # Deviation: the paper does not say how tiles were found; here tissue by chroma, because
-    # HSV saturation breaks on near-black noise and a fixed value breaks across centres.
+    # Deviation: the paper names no way to find tissue; here chroma above Otsu's threshold, because
+    # HSV saturation breaks on near-black noise and fixed values across centres.
     side = tile * slide.levels[level].downsample
     coarsest = min(32, max(1, side // 8))  # 8 um/px, or that of 8 px in a square
     fits = [lv.downsample <= coarsest and side % lv.downsample == 0 for lv in slide.levels]
@@ -415,8 +415,8 @@ def patient(source):
 
 def seeded_split(sources, seed):
     """Section 2.2: hold out 20 of 110 patients, of those with tumour and of those without."""
-    # Deviation: the paper holds out 20 tumour slides, not named; here 20 in 110, drawn with the
-    # seed, by patient where names tell, because slides of one patient are alike.
+    # Deviation: the paper does not name its 20 test slides; here 20 in 110 patients, drawn with the
+    # seed, because slides of one patient are alike.
     tumour = {patient(s) for s in sources if s.xml}
     test, rng = set(), np.random.default_rng((seed, 0))
     for patients in (tumour, {patient(s) for s in sources} - tumour):
@@ -442,8 +442,8 @@ class Tiles(torch.utils.data.Dataset):
         down = self.slides[n].levels[level].downsample
         box = x // down, y // down, self.side, self.side
         image, mask = self.slides[n].read(level, *box), self.annotations[n].mask(*box, down)
-        # Deviation: the paper names no augmentation; here flips and quarter turns, because
-        # tissue has no up or down.
+        # Deviation: the paper names no augmentation; here flips and quarter turns, because tissue
+        # has no up or down.
         image, mask = (np.rot90(a[:, ::-1] if turn % 2 else a, turn // 2) for a in (image, mask))
         image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         return image, torch.from_numpy(np.ascontiguousarray(mask)), label
@@ -463,9 +463,8 @@ def tile_slides(sources, tile=512, mpp=0.5, level=None):
         # From (0, 0): tiles of 512 or 256 px are aligned with the JPEG blocks, 3 x less CPU.
         squares = np.argwhere(tissue_share(slides[n], k, tile) >= TISSUE_SHARE) * tile
         for y, x in squares.tolist():
-            # Deviation: the paper gives no rule for a tile's label; here cancer above 5 % tumour
-            # pixels, normal at none, and between no image label but a mask, because those tiles are
-            # neither.
+            # Deviation: the paper has no rule for a tile's label; here cancer above 5 % tumour,
+            # normal at none, because tiles between, used for their masks alone, are neither.
             tumour = float(annotation.mask(x, y, tile, tile, down).mean())
             label = CANCER if tumour > CANCER_SHARE else AMBIGUOUS if tumour > 0 else NORMAL
             rows.append((n, x * down, y * down, k, source.split == "train", tumour, label))
@@ -491,12 +490,12 @@ def choose_labels(tiles, pixel_frac, image_frac, label_unit="tile", seed=0):
         found = f"{len(cancer)} cancer, {len(normal)} normal tiles of {tiles.side} px to train on"
         cure = "training needs both, testing cancer: change --tile, --mpp, --level or --data"
         raise DataError(f"{found}; {cure}")
-    # Deviation: the paper does not say which normal tiles it takes; here all tiles with tumour and
-    # as many normal ones as cancer, drawn with the seed, because tumour is rare.
+    # Deviation: the paper does not say which normal tiles it takes; here as many as cancer ones,
+    # drawn with the seed, because tumour is rare.
     normal = np.random.default_rng((seed, 1)).permutation(normal)[: len(cancer)]
     pool = np.sort(np.r_[np.flatnonzero(train & (label != NORMAL)), normal])
-    # Deviation: the paper's 0 % row scores .596 with nothing to learn from; here 0 % of the masks
-    # keeps one tile of each class, because its reference [20] does. 0 % of image labels is none.
+    # Deviation: the paper's 0 % row scores .596 with nothing to learn from; here 0 % keeps the mask
+    # of one tile of each class, because its reference [20] does. 0 % of image labels is none.
     masks = nested(tiles.table, pool, label_unit, pixel_frac, (seed, 2))
     labels = nested(tiles.table, pool[label[pool] != AMBIGUOUS], "tile", image_frac, (seed, 3))
     return pool, masks, labels if image_frac else labels[:0]
@@ -509,8 +508,8 @@ def nested(table, rows, unit, fraction, seed):
     inside 20 %. Units with and without cancer are ranked apart, so both keep their share, and the
     lowest-scored tile of each class is always used.
     """
-    # Deviation: the paper gives masks to a share of the tiles; here, on demand, to all tiles of a
-    # share of the slides, because a pathologist outlines slides.
+    # Deviation: the paper gives masks to a share of the tiles; here, on demand, of the slides,
+    # because a pathologist outlines slides.
     label, units = table["label"][rows], rows if unit == "tile" else table["slide"][rows]
     with_cancer = np.isin(units, units[label == CANCER])
     rng, score = np.random.default_rng(seed), np.empty(len(rows))

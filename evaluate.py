@@ -74,7 +74,7 @@ def summarise(tiles, rows, counts, classes=True):
     `classes` is False where no image label trained the classification head.
     """
     # Deviation: the paper does not say how it averages; here pooled over all test tiles, because
-    # its IoU = DSC / (2 - DSC) implies that; also over cancer tiles alone and as mean of slides.
+    # its IoU = DSC / (2 - DSC) implies that.
     table, label = tiles.table[rows], tiles.table["label"][rows]
 
     def figures(of):

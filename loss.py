@@ -26,8 +26,8 @@ def log_p(logits, target):
 
 def weighted_mean(w, logp, target):
     """-mean of w log p over target >= 0; 0 where nothing is labelled."""
-    # Deviation: the paper has +sum w log p in Eq (1); here it is -mean, because a loss is
-    # minimised, and should not depend on how many pixels there are.
+    # Deviation: the paper has +sum w log p in Eq (1); here -mean, because a loss is minimised and
+    # should not depend on the number of pixels.
     labelled = target >= 0
     return -torch.where(labelled, w * logp, 0.0).sum() / labelled.sum().clamp(min=1)
 
@@ -45,8 +45,8 @@ def fw(logits, target, weights):
 
 def fw_weights(frequency):
     """Class weights from the share of each class in the training labels, rare ones heavier."""
-    # Deviation: the paper cites generalized CE [29] for FW; here Y-Net's [5] fixed weights, because
-    # the implicit weight of [29] grows with p and is not fixed.
+    # Deviation: the paper cites generalized CE [29] for FW; here Y-Net's [5] weights, because those
+    # of [29] are not fixed.
     return [1 / math.log(1.10 + f) for f in frequency]
 
 
@@ -57,8 +57,8 @@ def dwce(logits, target, beta=3.0, printed=False):
     predicted well count little, but are not lost. `printed`: Eq. (2) as it stands, in [1, 100].
     """
     # Deviation: the paper prints w = exp(+ln100 p^beta), in [1, 100]; here exp(-ln100 p^beta),
-    # detached, because its text has w in [0, 1] and attends to low p, beta = 3 then spreads w
-    # most, and a weight with a gradient could make the loss grow with p.
+    # detached, because its text has w in [0, 1] and attends to low p. A weight with a gradient
+    # could make the loss grow with p.
     logp = log_p(logits, target)
     p = logp.detach().exp()
     w = torch.exp((1 if printed else -1) * math.log(100) * p**beta)

@@ -32,8 +32,8 @@ def conv_bn_relu(c_in, c_out, kernel):
 class ESP(nn.Module):
     """Efficient spatial pyramid, section 1.5: reduce, four dilated convolutions, concatenate."""
 
-    # Deviation: the paper's source [21] adds hierarchical fusion and a residual; here there is the
-    # plain concatenation, because the paper's own words describe that.
+    # Deviation: the paper's source [21] adds hierarchical fusion and a residual; here plain
+    # concatenation, because the paper's words describe that.
     def __init__(self, channels):
         super().__init__()
         d = channels // 4
@@ -73,20 +73,20 @@ class Network(nn.Module):
         super().__init__()
         if width < 4 or width % 4:
             raise ValueError(f"width is {width}; a multiple of 4, 4 or more, is needed")
-        # Deviation: the paper gives no widths; here C0 = 32, doubled at each scale, because that
-        # is what U-Nets do.
+        # Deviation: the paper gives no widths; here C0 = 32, doubled at each scale, because U-Nets
+        # do so.
         c0, c1, c2, c3 = c = [width * 2**k for k in range(4)]
         self.convs = nn.ModuleList(conv_bn_relu(i, o, 3) for i, o in zip([3, c0, c1, c2], c))
         self.esps = nn.ModuleList(ESP(i) for i in c)
         self.psps = nn.ModuleList(PSP(i) for i in c)
         ups = (nn.ConvTranspose2d(i, o, 2, stride=2) for i, o in zip([c1, c2, 2 * c3], c))
         self.ups = nn.ModuleList(ups)
-        # Deviation: the paper does not say how the decoder fuses; here a 1x1 convolution, because
-        # 3x3 makes the network cost 2.7 times the multiply-adds for no clear gain in DSC.
+        # Deviation: the paper does not say how the decoder fuses; here with a 1x1 convolution,
+        # because 3x3 costs 2.7 times the multiply-adds for no clear gain in DSC.
         self.fuses = nn.ModuleList(conv_bn_relu(3 * i, i, 1) for i in (c0, c1, c2))
         self.head = nn.Conv2d(c0, 2, 1)
-        # Deviation: the paper does not say how a map becomes one label; here as the mean of a map
-        # of class logits (C3/2 hidden channels), because that takes any size.
+        # Deviation: the paper does not say how a map becomes one label; here as the mean of class
+        # logits, because that takes any size.
         self.classifier = nn.Sequential(conv_bn_relu(c3, c3 // 2, 1), nn.Conv2d(c3 // 2, 2, 1))
         self.to(memory_format=torch.channels_last)  # faster than NCHW, see docs/speed.md
 

@@ -30,8 +30,8 @@ import evaluate
 import loss
 from model import Network
 
-# Deviation: the paper gives no tile size, resolution or epochs; here 512 px at 0.5 um/px and 50
-# epochs, because comparable work has 224-512 px, 20x and 20-100 epochs.
+# Deviation: the paper gives no tile size, resolution or epochs; here 512 px, 0.5 um/px and 50,
+# because comparable work has 224-512 px, 20x and 20-100 epochs.
 PAPER = {"tile": 512, "mpp": 0.5, "width": 32, "lr": 1e-4, "epochs": 50}  # lr: section 2.1
 DEMO = {"tile": 128, "mpp": 1.0, "width": 16, "lr": 1e-3, "epochs": 8}  # without --data
 
@@ -148,8 +148,8 @@ def main(argv=None):
     cls_loss = make_loss(args.cls_loss, args.beta, cancer)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
 
-    # Deviation: the paper does not say how long an epoch of two loaders is; here as many iterations
-    # as a pass over all training tiles, because S and S+C then make equally many of step 1.
+    # Deviation: the paper does not say how long an epoch is; here a pass over all training
+    # tiles, because S and S+C then make equally many of step 1.
     per_epoch = math.ceil(len(pool) / args.batch_size)
     first, total = 0, args.epochs * per_epoch
     pretrain = args.pretrain_epochs * per_epoch if len(label_rows) else total  # Fig. 2
@@ -181,7 +181,7 @@ def main(argv=None):
     model.train()
     for n in data.progress(range(first, total), "training"):
         # Deviation: the paper gives one learning rate; here it falls linearly to 0, because the
-        # last weights are the ones that are scored.
+        # last weights are scored.
         adam.param_groups[0]["lr"] = args.lr * (1 - n / total)
 
         # Step 1, Fig. 4: masks teach encoder, PSP and decoder; the classification head gets none.
@@ -211,8 +211,8 @@ def main(argv=None):
             print(*(f"{name} {value:g} " for name, value in line.items()), flush=True)
             sums, start = Counter(), time.time()
 
-    # Deviation: the paper leaves BN's statistics as they ran; here they are estimated anew over the
-    # step-1 tiles, because running means of a few small batches are far off after alternation.
+    # Deviation: the paper leaves BN's statistics as they ran; here they are estimated anew on the
+    # step-1 tiles, because running means of small batches are far off.
     with autocast:
         update_bn(batches(mask_rows, 13, 0, math.ceil(len(mask_rows) / args.batch_size)), model)
     save(last, model, adam, max(first, total), key, args)
