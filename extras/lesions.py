@@ -35,13 +35,13 @@ def compare(truth, found, level, min_area):
     `min_area` px or more. One pixel of both: it was found; a patch that has none is a false one.
     """
     true, answer, both = (rings_of(level, *of) for of in ([truth], [found], [truth, found]))
-    tp, t, f = (outline.area(rings) for rings in (both, true, answer))
+    tp, outlined, drawn = (outline.area(rings) for rings in (both, true, answer))
     met = np.array([ring.xy[0] for ring in both if not ring.is_hole], int).reshape(-1, 2)
     hit, right = outline.lesion_at(true, met), outline.lesion_at(answer, met)
     big = [n for n, ring in enumerate(true) if not ring.is_hole and ring.area >= min_area]
     lesions = [(outline.diameter(true[n]), n in hit) for n in big]
     false = sum(not ring.is_hole for ring in answer) - len(np.unique(right[np.isin(hit, big)]))
-    return (tp, f - tp, t - tp), lesions, false
+    return (tp, drawn - tp, outlined - tp), lesions, false
 
 
 def score(model, tiles, out, args):

@@ -8,22 +8,16 @@ at (x - .5, y - .5) of the mask's level. Tumour pixels that touch at a corner ar
 in CAMELYON's own scoring; holes are the other way round. numpy alone: copy this file.
 """
 
+import xml.etree.ElementTree as ElementTree
 from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
+from xml.etree.ElementTree import SubElement
 
 import numpy as np
 
 # The 2 x 2 pixels around a corner as bits: 1, 2 above; 4, 8 below. A ring turns there where an odd
 # number is set, and two rings touch there (or one touches itself) where two are, diagonally.
 TURNS = np.isin(np.arange(16), (1, 2, 4, 8, 7, 11, 13, 14, 6, 9))
-XML_END = """</Annotations>
-<AnnotationGroups>
-<Group Name="metastases" PartOfGroup="None" Color="#ff0000"><Attributes /></Group>
-<Group Name="normal" PartOfGroup="None" Color="#00ff00"><Attributes /></Group>
-</AnnotationGroups>
-</ASAP_Annotations>
-"""
 
 
 class Ring(NamedTuple):
@@ -156,12 +150,16 @@ def around(ring, inner):
 
 def write_annotation(path, polygons):
     """[(xy, is_tumour)] -> ASAP XML, groups `metastases` and `normal` as in CAMELYON17."""
-    lines = ['<?xml version="1.0"?>', "<ASAP_Annotations>", "<Annotations>"]
+    root = ElementTree.Element("ASAP_Annotations")
+    shapes, groups = SubElement(root, "Annotations"), SubElement(root, "AnnotationGroups")
     for n, (xy, is_tumour) in enumerate(polygons):
-        group = "metastases" if is_tumour else "normal"
-        what = f'Name="{n}" Type="Polygon" PartOfGroup="{group}" Color="#F4FA58"'
-        lines.append(f"<Annotation {what}>\n<Coordinates>")
+        shape = {"PartOfGroup": "metastases" if is_tumour else "normal", "Color": "#F4FA58"}
+        shape = SubElement(shapes, "Annotation", shape, Name=str(n), Type="Polygon")
+        points = SubElement(shape, "Coordinates")
         for k, (x, y) in enumerate(xy.tolist()):
-            lines.append(f'<Coordinate Order="{k}" X="{x}" Y="{y}" />')
-        lines.append("</Coordinates>\n</Annotation>")
-    Path(path).write_text("\n".join(lines) + "\n" + XML_END, encoding="utf-8")
+            SubElement(points, "Coordinate", Order=str(k), X=str(x), Y=str(y))
+    for name, colour in (("metastases", "#ff0000"), ("normal", "#00ff00")):
+        group = SubElement(groups, "Group", Name=name, PartOfGroup="None", Color=colour)
+        SubElement(group, "Attributes")
+    ElementTree.indent(root, "")  # a line for each
+    ElementTree.ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)
