@@ -45,7 +45,7 @@ def compare(truth, found, level, min_area):
 
 
 def score(model, tiles, out, args):
-    """Predict the slides of `tiles`, compare with their annotation -> figures; None: of nothing."""
+    """Predict the slides of `tiles` and compare with their annotation -> figures, None for none."""
     counts, lesions, slides = [], [], []
     for n, (source, slide, truth) in enumerate(zip(tiles.sources, tiles.slides, tiles.annotations)):
         folder = out / Path(source.name).parent

@@ -62,12 +62,13 @@ def predict_windows(model, windows, places, args, scores):
 
 
 def outlines(probability, mpp, args):
-    """NAME_likelihood_map.tif, halved until a px is --simplify of its own -> rings, um per px."""
+    """NAME_likelihood_map.tif, --simplify of its px taken as one -> rings, um per px of them."""
     strips = pyramid.read_strips(probability)
     for _ in range(args.simplify.bit_length() - 1):
         strips = pyramid.halve(strips)
+    found = (strip >= 255 * args.threshold for strip in strips)
     mpp *= args.simplify
-    return outline.trace((s >= 255 * args.threshold for s in strips), args.min_area / mpp**2), mpp
+    return outline.trace(found, args.min_area / mpp**2), mpp
 
 
 def write_picture(path, slide, polygons):
@@ -158,7 +159,7 @@ def main(argv=None):
     add("--overlap", type=float, help="of windows, as 1/2, 2/3; 0 is 4 times faster, with seams")
     add("--threshold", type=float, help="probability from which a pixel is tumour (0.5)")
     add("--min-area", type=float, help="um^2; smaller lesions and holes are left out (200, a cell)")
-    add("--simplify", type=int, choices=(1, 2, 4, 8), help="px of the blocks that are outlined (1)")
+    add("--simplify", type=int, choices=(1, 2, 4, 8), help="outline blocks of so many px (1)")
     add("--level", type=int, help="level to read where a file does not tell its um/px")
     add("--overwrite", action="store_true", help="redo slides that are done")
     add("--workers", type=int, help="processes that read windows (as in training)")

@@ -46,7 +46,7 @@ def write(path, strips, width, height, mpp, level=0):
     kind |= {"resolutionunit": "CENTIMETER", "resolution": (1e4 / mpp,) * 2}
     blocks = (strip[:, x : x + SIDE] for strip in strips for x in range(0, width, SIDE))
     with tifffile.TiffWriter(path, bigtiff=True, append=level > 0) as tif:
-        tif.write(blocks, shape=(height, width), **kind)
+        tif.write(blocks, shape=(height, width), maxworkers=1, **kind)
     if max(width, height) > SIDE:
         half = halve(read_strips(path, level))
         write(path, half, -(-width // 2), -(-height // 2), 2 * mpp, level + 1)
