@@ -17,73 +17,60 @@ import data
 import evaluate
 from extras import outline, predict
 
-SIZES = ("macro", 2.0), ("micro", 0.2), ("ITC", 0.0)  # mm at least; isolated tumour cells
+# Largest diameter in mm, as CAMELYON has them; ITC: isolated tumour cells.
+SIZES = {"macro": (2.0, np.inf), "micro": (0.2, 2.0), "ITC": (0.0, 0.2)}
 
 
-def strips(lv, *annotations):
-    """The masks of a whole level, 256 rows at a time: [(h, W) bool for each annotation]."""
-    for y in range(0, lv.height, 256):
-        box = 0, y, lv.width, min(256, lv.height - y), lv.downsample
-        yield [annotation.mask(*box) == 1 for annotation in annotations]
+def rings_of(level, *annotations):
+    """Outlines of what is tumour in all of `annotations`, on a whole level."""
+    boxes = [(0, y, level.width, min(256, level.height - y)) for y in range(0, level.height, 256)]
+    masks = ([a.mask(*box, level.downsample) for a in annotations] for box in boxes)
+    return outline.trace(np.all(strip, axis=0) for strip in masks)
 
 
 def compare(truth, found, level, min_area):
-    """An Annotation and the Rings found -> TP, FP, FN; [(diameter in px, was found)]; false ones.
+    """Two Annotations -> TP, FP, FN px; [(diameter in px, was found)] of lesions; false positives.
 
     Glass counts too: what is outlined there is missed. A lesion is a patch of touching pixels of
     `min_area` px or more. One pixel of both: it was found; a patch that has none is a false one.
     """
-    answer = data.Annotation(outline.to_polygons(found, level.downsample))
-    counts = [[t & f, f & ~t, t & ~f] for t, f in strips(level, truth, answer)]
-    counts = np.sum([[mask.sum() for mask in masks] for masks in counts], 0)
-    true = outline.trace((t for (t,) in strips(level, truth)), min_area)
-    truth = data.Annotation(outline.to_polygons(true, level.downsample))
-    both = outline.trace(t & f for t, f in strips(level, truth, answer))
+    true, answer, both = (rings_of(level, *of) for of in ([truth], [found], [truth, found]))
+    tp, outlined, drawn = (outline.area(rings) for rings in (both, true, answer))
     met = np.array([ring.xy[0] for ring in both if not ring.is_hole], int).reshape(-1, 2)
-    hit, right = (set(outline.lesion_at(rings, met).tolist()) for rings in (true, found))
-    lesions = [(d, n in hit) for n, d in enumerate(outline.diameters(true)) if not true[n].is_hole]
-    return counts, lesions, sum(not ring.is_hole for ring in found) - len(right)
+    hit, right = outline.lesion_at(true, met), outline.lesion_at(answer, met)
+    big = [n for n, ring in enumerate(true) if not ring.is_hole and ring.area >= min_area]
+    lesions = [(outline.diameter(true[n]), n in hit) for n in big]
+    false = sum(not ring.is_hole for ring in answer) - len(np.unique(right[np.isin(hit, big)]))
+    return (tp, drawn - tp, outlined - tp), lesions, false
 
 
 def score(model, tiles, out, args):
-    """Predict the slides of `tiles` into `out`, compare with their annotation -> the figures."""
-    counts, slides, recall = [], [], {size: {"lesions": 0, "found": 0} for size, _ in SIZES}
-    everything = zip(tiles.sources, tiles.slides, tiles.annotations)
-    for n, (source, slide, truth) in enumerate(everything):
+    """Predict the slides of `tiles` and compare with their annotation -> figures, None for none."""
+    counts, lesions, slides = [], [], []
+    for n, (source, slide, truth) in enumerate(zip(tiles.sources, tiles.slides, tiles.annotations)):
         folder = out / Path(source.name).parent
-        predict.predict_slide(model, source.path, folder, args)
-        k, mpp = predict.working_level(slide, args)
-        rings = predict.outlines(folder / f"{source.path.stem}_likelihood_map.tif", mpp, args)
-        count, lesions, false = compare(truth, rings, slide.levels[k], args.min_area / mpp**2)
-        for diameter, was_found in lesions:
-            size = next(size for size, least in SIZES if diameter * mpp / 1000 >= least)
-            recall[size]["lesions"] += 1
-            recall[size]["found"] += was_found
-        counts.append(count)
+        k, mpp = predict.predict_slide(model, source.path, folder, args)
+        found = data.read_annotation(folder / f"{source.path.stem}_pred.xml")
+        pixels, sizes, false = compare(truth, found, slide.levels[k], args.min_area / mpp**2)
+        counts.append(pixels)
+        lesions += [(diameter * mpp / 1000, was_found) for diameter, was_found in sizes]
+        dsc, iou = evaluate.dsc_iou(np.array([pixels]))
         false = false if n in tiles.table["slide"] else None  # without tissue: not looked at
-        slides.append({"slide": source.name, **dsc_iou(count[None]), "false_positives": false})
-    scored = [slide for slide in slides if slide["dsc"] is not None]
-    means = {k: float(np.mean([s[k] for s in scored])) if scored else None for k in ("dsc", "iou")}
-    false = [slide["false_positives"] for slide in slides if slide["false_positives"] is not None]
-    false = float(np.mean(false)) if false else None
-    results = {"lesion_recall": recall, "false_positives_per_slide": false}
-    return dsc_iou(np.array(counts)) | results | {"per_slide": means | {"list": slides}}
+        slides.append({"slide": source.name, "dsc": dsc, "iou": iou, "false_positives": false})
+    recall = {}
+    for size, (least, most) in SIZES.items():
+        hits = [was_found for diameter, was_found in lesions if least <= diameter < most]
+        recall[size] = {"lesions": len(hits), "found": sum(hits)}
+    dsc, iou = evaluate.dsc_iou(np.array(counts))
+    results = {"dsc": dsc, "iou": iou, "dsc_mean_of_slides": mean(s["dsc"] for s in slides)}
+    false = mean(slide["false_positives"] for slide in slides)
+    return results | {"lesion_recall": recall, "false_positives_per_slide": false, "slides": slides}
 
 
-def dsc_iou(counts):
-    """Rows of TP, FP, FN -> pooled DSC and IoU, a dict; None where there is no tumour."""
-    return dict(zip(("dsc", "iou"), evaluate.dsc_iou(counts)))
-
-
-def headline(results):
-    """The figures that matter, in one line; null where there is nothing to score."""
-    dsc = results["dsc"], results["iou"], results["per_slide"]["dsc"]
-    dsc, iou, mean = ("null" if value is None else f"{value:.4f}" for value in dsc)
-    sizes = [f"{n['found']} of {n['lesions']} {k}" for k, n in results["lesion_recall"].items()]
-    text = f"whole slides: DSC {dsc}  IoU {iou}  mean of slides: DSC {mean}  lesion recall: "
-    false = results["false_positives_per_slide"]
-    false = "null" if false is None else f"{false:.2f}"
-    return f"{text}{', '.join(sizes)}  false positives per slide: {false}"
+def mean(values):
+    """Of those that are not None; None if there are none."""
+    values = [value for value in values if value is not None]
+    return sum(values) / len(values) if values else None
 
 
 def main(argv=None):
@@ -104,9 +91,10 @@ def main(argv=None):
         raise data.DataError(f"{args.data}: no slide in --split {args.split}; try --split all")
     tiles = data.tile_slides(sources, args.tile, args.mpp, args.level)
     out = Path(args.ckpt).parent / "whole_slides"
-    results = score(model, tiles, out, args) | {"arguments": vars(args)}
-    (out / "results.json").write_text(json.dumps(results, indent=1))
-    print(headline(results))
+    results = score(model, tiles, out, args)
+    (out / "results.json").write_text(json.dumps(results | {"arguments": vars(args)}, indent=1))
+    del results["slides"]
+    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in results.items()}))
 
 
 if __name__ == "__main__":

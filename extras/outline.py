@@ -8,10 +8,10 @@ at (x - .5, y - .5) of the mask's level. Tumour pixels that touch at a corner ar
 in CAMELYON's own scoring; holes are the other way round. numpy alone: copy this file.
 """
 
-from collections import defaultdict
+import xml.etree.ElementTree as ElementTree
 from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
+from xml.etree.ElementTree import SubElement
 
 import numpy as np
 
@@ -57,9 +57,9 @@ def trace(strips, min_area=0):
             order += n, n ^ 1
             n = mate[n ^ 1]
         ring = xy[order]
-        area = int(((ring[::2, 0] - ring[1::2, 0]) * ring[::2, 1]).sum())
-        if area >= min_area:
-            rings.append(Ring(ring, not code[first] & 8, area, -1))
+        pixels = int(((ring[::2, 0] - ring[1::2, 0]) * ring[::2, 1]).sum())
+        if pixels >= min_area:
+            rings.append(Ring(ring, not code[first] & 8, pixels, -1))
     # To the left of a ring's first corner is the ring around it, or one beside it, seen before.
     for n, left in enumerate(left_of(rings, np.array([ring.xy[0] for ring in rings])).tolist()):
         if left >= 0:
@@ -70,36 +70,35 @@ def trace(strips, min_area=0):
 
 def corners(strips):
     """Places where outlines turn -> x, y, code (see TURNS), row by row."""
-    found, top, above = [], 0, None
-    for strip in chain(strips, [None]):
-        if above is None:
-            above = np.zeros_like(strip[:1])
-        if strip is None:
-            strip = np.zeros_like(above)  # below the last row
+    strips = iter(strips)
+    first = next(strips)
+    found, top, above = [np.zeros((3, 0), int)], 0, np.zeros_like(first[:1])
+    for strip in chain([first], strips, [above]):  # background above, and below
         if above.any() or strip.any():
             a = np.pad(np.concatenate([above, strip]), ((0, 0), (1, 1))).view(np.uint8)
             code = a[:-1, :-1] | a[:-1, 1:] << 1 | a[1:, :-1] << 2 | a[1:, 1:] << 3
             y, x = np.nonzero(TURNS[code])
-            found.append((x, y + top, code[y, x]))
+            found.append(np.stack([x, y + top, code[y, x]]))
         top, above = top + len(strip), strip[-1:]
-    return [np.concatenate(a) for a in zip(*found)] or [np.zeros(0, int)] * 3
+    return np.concatenate(found, 1)
 
 
 def left_of(rings, xy):
     """For each (x, y): the number of the ring whose upright edge in pixel row y is next below x."""
     if not rings:
         return np.full(len(xy), -1)
-    start = np.concatenate([ring.xy[1::2] for ring in rings])
-    end = np.concatenate([np.roll(ring.xy, -1, 0)[1::2] for ring in rings])
-    top, bottom = np.minimum(start[:, 1], end[:, 1]), np.maximum(start[:, 1], end[:, 1])
+    x = np.concatenate([ring.xy[1::2, 0] for ring in rings])
+    ends = [(ring.xy[1::2, 1], np.roll(ring.xy[::2, 1], -1)) for ring in rings]
+    top, bottom = np.sort(np.concatenate(ends, 1), 0)
+    ring = np.repeat(np.arange(len(rings)), [len(ring.xy) // 2 for ring in rings])
+    # Every pixel row of every edge, by row and x.
     rows = bottom - top
-    y = np.arange(rows.sum()) - np.repeat(rows.cumsum() - rows, rows) + np.repeat(top, rows)
-    place = y << 32 | np.repeat(start[:, 0], rows)
-    ring = np.repeat(np.repeat(np.arange(len(rings)), [len(r.xy) // 2 for r in rings]), rows)
+    edge = np.repeat(np.arange(len(x)), rows)
+    place = (np.arange(len(edge)) - (rows.cumsum() - rows - top)[edge]) << 32 | x[edge]
     order = place.argsort()
-    place, ring = place[order], ring[order]
-    n = np.searchsorted(place, xy[:, 1] << 32 | xy[:, 0]) - 1
-    return np.where((n >= 0) & (place[n] >> 32 == xy[:, 1]), ring[n], -1)
+    n = np.searchsorted(place[order], xy[:, 1] << 32 | xy[:, 0]) - 1
+    found = order[n]
+    return np.where((n >= 0) & (place[found] >> 32 == xy[:, 1]), ring[edge[found]], -1)
 
 
 def lesion_at(rings, pixels):
@@ -108,19 +107,30 @@ def lesion_at(rings, pixels):
     return np.array([rings[n].parent if rings[n].is_hole else n for n in rings_left], int)
 
 
+def area(rings):
+    """Tumour pixels of all lesions."""
+    return sum(-ring.area if ring.is_hole else ring.area for ring in rings)
+
+
+def diameter(ring):
+    """Largest extent in any direction, in pixels, exact to .04 %."""
+    angle = np.radians(np.arange(0, 180, 3))
+    return np.ptp(ring.xy @ (np.cos(angle), np.sin(angle)), axis=0).max()
+
+
 def to_polygons(rings, downsample):
     """Rings at 1 / `downsample` -> [(xy, is_tumour)] for an annotation, in level-0 pixels.
 
     Lesions are filled and holes cleared after them, so the outline of a hole goes around the
     lesions inside it: they are left as they are.
     """
-    islands = defaultdict(list)
+    islands = [[] for _ in rings]
     for ring in rings:
-        if not ring.is_hole and ring.parent >= 0:
+        if ring.parent >= 0:
             islands[ring.parent].append(ring.xy)
     return [
-        (around(ring.xy, islands[n]) * downsample - 0.5, not ring.is_hole)
-        for n, ring in enumerate(rings)
+        (around(ring.xy, inner if ring.is_hole else []) * downsample - 0.5, not ring.is_hole)
+        for ring, inner in zip(rings, islands)
     ]
 
 
@@ -129,51 +139,27 @@ def around(ring, inner):
 
     All are clockwise. A detour starts where `ring` is near.
     """
-    detours = []
     for xy in inner:
         n = int(np.abs(ring - xy[0]).sum(1).argmin())
         # There and back along one row and one column. Other slopes would not cancel out exactly:
         # where such an edge meets a row depends, in its last bit, on its direction.
-        bridge = np.array([ring[n], (xy[0, 0], ring[n, 1]), xy[0]])
-        detours.append((n, np.concatenate([bridge, xy[:0:-1], bridge[::-1]])))
-    detours.sort(key=lambda detour: detour[0])
-    pieces = np.split(ring, [n + 1 for n, _ in detours])
-    for n, (_, detour) in enumerate(detours):
-        pieces.insert(2 * n + 1, detour)
-    return np.concatenate(pieces)
-
-
-def diameters(rings):
-    """Largest extent of each ring in any direction, in pixels: (len(rings),), exact to .004 %."""
-    if not rings:
-        return np.zeros(0)
-    xy = np.concatenate([ring.xy for ring in rings])
-    first = np.cumsum([0] + [len(ring.xy) for ring in rings[:-1]])
-    longest = np.zeros(len(rings))
-    for angle in np.radians(np.arange(180)):
-        along = xy @ (np.cos(angle), np.sin(angle))
-        extent = np.maximum.reduceat(along, first) - np.minimum.reduceat(along, first)
-        longest = np.maximum(longest, extent)
-    return longest
+        bend = [(xy[0, 0], ring[n, 1])]
+        ring = np.concatenate([ring[: n + 1], bend, xy[:1], xy[::-1], bend, ring[n:]])
+    return ring
 
 
 def write_annotation(path, polygons):
     """[(xy, is_tumour)] -> ASAP XML, groups `metastases` and `normal` as in CAMELYON17."""
-    groups = {True: "metastases", False: "normal"}
-    lines = ['<?xml version="1.0"?>', "<ASAP_Annotations>", "<Annotations>"]
+    root = ElementTree.Element("ASAP_Annotations")
+    shapes, groups = SubElement(root, "Annotations"), SubElement(root, "AnnotationGroups")
     for n, (xy, is_tumour) in enumerate(polygons):
-        lines.append(
-            f'<Annotation Name="{n}" Type="Polygon" PartOfGroup="{groups[is_tumour]}" '
-            'Color="#F4FA58">\n<Coordinates>'
-        )
-        lines += [
-            f'<Coordinate Order="{k}" X="{x}" Y="{y}" />' for k, (x, y) in enumerate(xy.tolist())
-        ]
-        lines.append("</Coordinates>\n</Annotation>")
-    lines += ["</Annotations>", "<AnnotationGroups>"]
-    for name, colour in zip(groups.values(), ("#ff0000", "#00ff00")):
-        lines.append(
-            f'<Group Name="{name}" PartOfGroup="None" Color="{colour}"><Attributes /></Group>'
-        )
-    lines += ["</AnnotationGroups>", "</ASAP_Annotations>"]
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        shape = {"PartOfGroup": "metastases" if is_tumour else "normal", "Color": "#F4FA58"}
+        shape = SubElement(shapes, "Annotation", shape, Name=str(n), Type="Polygon")
+        points = SubElement(shape, "Coordinates")
+        for k, (x, y) in enumerate(xy.tolist()):
+            SubElement(points, "Coordinate", Order=str(k), X=str(x), Y=str(y))
+    for name, colour in (("metastases", "#ff0000"), ("normal", "#00ff00")):
+        group = SubElement(groups, "Group", Name=name, PartOfGroup="None", Color=colour)
+        SubElement(group, "Attributes")
+    ElementTree.indent(root, "")  # a line for each
+    ElementTree.ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)

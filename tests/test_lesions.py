@@ -11,7 +11,7 @@ import torch
 from jobs import call, ok, one_line_of
 
 import data
-from extras import lesions, predict, pyramid
+from extras import lesions, outline, predict
 
 
 def box(x, y, w, h):
@@ -23,15 +23,13 @@ def box(x, y, w, h):
 def score(slides, tmp_path, monkeypatch):
     """The figures of one slide at 10 um/px, given its annotation and the mask that was found."""
     source = data.find_slides(slides)[0]
-    monkeypatch.setattr(predict, "predict_slide", lambda *args: None)
-    monkeypatch.setattr(predict, "working_level", lambda *args: (1, 10.0))
+    monkeypatch.setattr(predict, "predict_slide", lambda *args: (1, 10.0))
 
     def figures(polygons, found):
         folder = tmp_path / Path(source.name).parent
         folder.mkdir(exist_ok=True)
-        strips = [found[y : y + 256] * np.uint8(255) for y in (0, 256)]
-        name = f"{source.path.stem}_likelihood_map.tif"
-        pyramid.write(folder / name, strips, 384, 384, 10)
+        answer = outline.to_polygons(outline.trace([found]), 2)
+        outline.write_annotation(folder / f"{source.path.stem}_pred.xml", answer)
         annotations, slide = [data.Annotation(polygons)], data.Slide(source.path)
         tiles = SimpleNamespace(sources=[source], slides=[slide], annotations=annotations)
         tiles.table = np.zeros(1, data.TILE)  # a tile of the slide
@@ -66,9 +64,9 @@ def test_pixels_and_lesions_are_counted(score):
         "ITC": {"lesions": 1, "found": 0},
     }
     assert results["false_positives_per_slide"] == 2
-    (slide,) = results["per_slide"]["list"]
+    (slide,) = results["slides"]
     assert slide["false_positives"] == 2 and slide["dsc"] == results["dsc"]
-    assert results["per_slide"]["dsc"] == results["dsc"]
+    assert results["dsc_mean_of_slides"] == results["dsc"]
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -77,10 +75,8 @@ def test_a_normal_slide_has_false_positives_but_no_dsc(score, count):
     found[20:30, 20 : 20 + 10 * count] = True
     results = score([], found)
     assert results["dsc"] is None and results["iou"] is None
-    assert results["per_slide"]["dsc"] is None
+    assert results["dsc_mean_of_slides"] is None
     assert results["false_positives_per_slide"] == count
-    assert "DSC null  IoU null" in lesions.headline(results)
-    assert f"false positives per slide: {count}.00" in lesions.headline(results)
 
 
 def test_whole_slides_are_predicted_once_and_anew_on_demand(run, tmp_path):
@@ -88,9 +84,10 @@ def test_whole_slides_are_predicted_once_and_anew_on_demand(run, tmp_path):
     shutil.copytree(run[0], folder)
     argv = ["--ckpt", folder / "last.pt", "--device", "cpu"]
     first = ok(lesions.main, *argv).splitlines()
-    assert len(first) == 1 + 3 + 1 and first[-1].startswith("whole slides: DSC 0.")
-    results = json.loads((folder / "whole_slides/results.json").read_text())
-    assert lesions.headline(results) == first[-1] and len(results["per_slide"]["list"]) == 3
+    results, said = json.loads((folder / "whole_slides/results.json").read_text()), first[-1]
+    assert len(first) == 1 + 3 + 1 and len(results["slides"]) == 3 and results["dsc"] > 0
+    assert json.loads(said)["dsc"] == pytest.approx(results["dsc"], abs=1e-4)
+    assert json.loads(said)["lesion_recall"] == results["lesion_recall"]
     again = ok(lesions.main, *argv).splitlines()
     assert again[-1] == first[-1] and sum("done before" in line for line in again) == 3
     checkpoint = torch.load(folder / "last.pt", weights_only=True)
@@ -108,8 +105,8 @@ def test_normal_slides_alone_are_scored_and_an_empty_split_is_refused(run, slide
     shutil.copy(normal, tmp_path / "normals")
     argv = ["--ckpt", tmp_path / "last.pt", "--data", tmp_path / "normals", "--device", "cpu"]
     line = ok(lesions.main, *argv, "--split", "all").splitlines()[-1]
-    assert "DSC null" in line and "false positives per slide: " in line
+    assert '"dsc": null' in line and '"false_positives_per_slide": ' in line
     results = json.loads((tmp_path / "whole_slides/results.json").read_text())
-    assert results["dsc"] is None and results["per_slide"]["dsc"] is None
-    assert results["per_slide"]["list"][0]["slide"] == normal.name
+    assert results["dsc"] is None and results["dsc_mean_of_slides"] is None
+    assert results["slides"][0]["slide"] == normal.name
     assert "--split all" in one_line_of(*call(lesions.main, *argv))
