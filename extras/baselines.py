@@ -99,7 +99,7 @@ def mil_loss(z, label):
     # Deviation: [18] takes int(top * n) cells; here one at least, because none gives NaN.
     z, count = z.float(), max(1, int(MIL_TOP * z.shape[1]))
     highest = torch.zeros_like(z).scatter(1, z.topk(count).indices, 1)
-    known = torch.where(label[:, None] == 1, highest, 1)
+    known = torch.where(label[:, None] == 1, highest, 1.0)
     target = highest * label[:, None]
     return F.binary_cross_entropy_with_logits(z, target, known, reduction="sum") / known.sum()
 
@@ -125,11 +125,10 @@ def autocast(args):
 def multitask(args, model, tiles, mask_rows, label_rows, total, pretrain):
     """Train [20]: one list of tiles of both kinds, both losses in every update."""
     rows, table = np.union1d(mask_rows, label_rows), tiles.table
-    with_mask = np.isin(rows, mask_rows)
-    tumour = np.where(with_mask, table["tumour"][rows], table["label"][rows]).mean()
-    cancer = table["label"][label_rows].mean()
+    tumour = np.where(np.isin(rows, mask_rows), table["tumour"][rows], table["label"][rows])
     # Class weights inverse to frequency; the mean weight of a pixel, and of a tile, is 1.
-    mask_weights, label_weights = ((0.5 / (1 - share), 0.5 / share) for share in (tumour, cancer))
+    shares = tumour.mean(), table["label"][label_rows].mean()  # of class 1 in each
+    mask_weights, label_weights = ((0.5 / (1 - share), 0.5 / share) for share in shares)
     adam = torch.optim.Adam(model.parameters())
     tiles, updates = ConstantMasks(tiles, mask_rows), 2 * total - pretrain
     for images, masks, labels in descend(args, adam, tiles, rows, 11, updates):
@@ -161,7 +160,7 @@ def mil(args, model, tiles, mask_rows, label_rows, total, pretrain):
 
 
 def transfer(args, model, tiles, mask_rows, label_rows, total, pretrain):
-    """Train [30]: first the encoder and head on labels, then encoder and decoder on masks."""
+    """Train [30]: encoder and head on labels, then with a new Adam encoder and decoder on masks."""
     # Deviation: the paper does not tell how [30], a classifier, was made to segment; here our
     # network, first all of step 2, then all of step 1, because what is missing then is the
     # alternation alone.
@@ -232,7 +231,7 @@ def main(argv=None):
 
     rows = np.flatnonzero(~tiles.table["train"])
     counts = evaluate.count(model, tiles, rows, args)
-    # No accuracy for transfer: its classification head is of phase A's encoder.
+    # No accuracy for transfer: its encoder has moved away from its classification head.
     results = evaluate.summarise(tiles, rows, counts, args.method != "transfer")
     results |= {"arguments": vars(args), "seconds": time.time() - began, "torch": torch.__version__}
     (out / "results.json").write_text(json.dumps(results, indent=1))
