@@ -90,6 +90,8 @@ def test_methods_are_compared_on_the_same_tiles_after_as_many_steps(few, tmp_pat
     ok(train.main, *flags, "--out", tmp_path / "ours")
     ours, used = len(steps), (tmp_path / "ours/tiles.csv").read_text()
     keys = json.loads((tmp_path / "ours/results.json").read_text()).keys()
+    resumed = call(baselines.main, "mil", "--resume", tmp_path / "ours/last.pt")
+    assert "--resume is for train.py" in one_line_of(*resumed)  # would train over that run
     for method in baselines.METHODS:
         steps.clear()
         out = ok(baselines.main, method, *flags, "--out", tmp_path / method)
@@ -110,17 +112,21 @@ def test_methods_are_compared_on_the_same_tiles_after_as_many_steps(few, tmp_pat
         assert counts[:, 0].sum() == results["counts"]["tp"]
 
 
-def test_the_learning_rate_of_mil_is_five_times_the_default():
-    for flags in ([], ["--lr", "0.1"], ["--lr=0.1"]):
-        for method, factor in (("mil", 5), ("multitask", 1)):
-            found, args = baselines.parse_args([method, *flags])
-            assert (found, args.lr) == (method, 0.1 if flags else train.DEMO["lr"] * factor)
+def test_the_learning_rate_of_mil_is_five_times_the_default(few, tmp_path, monkeypatch):
+    def tell(args, *_):
+        raise data.DataError(f"{args.lr:g}")
+
+    scale = "--data", few, *TINY[:4], "--out", tmp_path
+    for method, factor in (("mil", 5), ("multitask", 1)):
+        monkeypatch.setitem(baselines.METHODS, method, tell)
+        for flags in ([], ["--lr", "0.1"], ["--lr=0.1"]):
+            lr = 0.1 if flags else train.PAPER["lr"] * factor
+            assert one_line_of(*call(baselines.main, method, *scale, *flags)) == f"error: {lr:g}"
 
 
 def test_what_no_method_has_is_refused_in_a_line(few, tmp_path):
     here = "--data", few, *TINY, "--out", tmp_path / "r"
     for argv, said in (
-        (("mil", "--resume", "last.pt"), "only train.py resumes"),
         (("mil", *here, "--image-frac", 0), "--image-frac"),
         (("ours", *here), "choose from"),
     ):
@@ -130,10 +136,10 @@ def test_what_no_method_has_is_refused_in_a_line(few, tmp_path):
 
 def test_the_trunk_is_a_resnet18_without_its_fourth_stage():
     """Its parameters: the 11,689,512 of the published network less stage 4 and the classifier."""
-    trunk = baselines.Trunk()
+    trunk = started("mil").trunk
     stage4 = 512 * 256 * 9 + 3 * 512 * 512 * 9 + 512 * 256 + 5 * 2 * 512
     assert sum(p.numel() for p in trunk.parameters()) == 11_689_512 - stage4 - 513 * 1000
-    assert trunk(noise(2, 3, 64, 96)).shape == (2, 256, 4, 6)
+    assert trunk(noise(2, 3, 64, 96).float()).shape == (2, 256, 4, 6)
 
 
 def test_class_logits_of_multitask_are_the_maximum_of_its_map():
@@ -184,7 +190,7 @@ def test_cells_of_mil_learn_from_the_tumour_in_them_and_in_turn_from_bags(losses
     tiles.masks[:] = 0
     tiles.masks[1, :8, :16] = 1  # half of the first cell
     baselines.mil(ARGS, model, tiles, np.array([0, 1]), np.arange(4), 2, 1)
-    z, share = model.cells(torch.tensor(tiles.images))[:, 0], torch.zeros(2, 2, 2)
+    z, share = model.low(torch.tensor(tiles.images))[:, 0], torch.zeros(2, 2, 2)
     share[1, 0, 0] = 0.5
     cells = F.binary_cross_entropy_with_logits(z[:2], share).item()
     bags = baselines.mil_loss(z.flatten(1), torch.tensor([0, 1, 0, 1])).item()
