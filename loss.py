@@ -14,6 +14,7 @@ Pure functions of tensors: copy this file.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -63,3 +64,23 @@ def dwce(logits, target, beta=3.0, printed=False):
     p = logp.detach().exp()
     w = torch.exp((1 if printed else -1) * math.log(100) * p**beta)
     return weighted_mean(w, logp, target)
+
+
+def by_name(name, beta, share):
+    """A loss -> f(logits, target). FW's weights are of `share`, that of class 1 in the labels."""
+    if name == "fw":
+        return partial(fw, weights=fw_weights((1 - share, share)))
+    return partial(dwce, beta=beta) if name == "dwce" else ce
+
+
+def surest(logits, labels, known, share):
+    """Targets for tiles that have an image-level label alone; an extension, not the paper's.
+
+    logits (B, 2, H, W), labels (B,) -> (B, H, W): 0 on normal tiles; on cancer tiles 1 for the
+    known * share pixels of highest p(tumour), 0 for the known * (1 - share) of lowest, else -1.
+    """
+    p = logits.detach().float().softmax(1)[:, 1]
+    ends = p.new_tensor([known * (1 - share), 1 - known * share])
+    low, high = p.flatten(1).quantile(ends, 1)[..., None, None]  # (B, 1, 1) each
+    target = torch.where(p >= high, 1, torch.where(p > low, -1, 0))
+    return target * (labels == 1)[:, None, None]

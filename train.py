@@ -18,7 +18,6 @@ import signal
 import sys
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +57,7 @@ def flags():
     add("--cls-loss", **losses, help="loss of step 2 (dwce)")
     add("--alpha", type=float, default=1, help="weight of step 2's loss, Eq. (3) (1)")
     add("--beta", type=float, default=3, help="exponent of dwce, Eq. (2) (3)")
+    add("--self-train", type=float, default=0, help="extension: share of pixels, as .8 (0 = off)")
     add("--batch-size", type=int, default=8, help="tiles in each step (8)")
     add("--seed", type=int, default=0, help="of split, labels, weights and order (0)")
     gpu = torch.cuda.is_available()
@@ -85,8 +85,10 @@ def parse_args(argv=None):
     if args.pretrain_epochs is None:
         args.pretrain_epochs = min(max(1, args.epochs // 10), args.epochs - 1)
     args.out = args.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
-    if not (0 <= args.pixel_frac <= 1 and 0 <= args.image_frac <= 1):
-        parser.error("--pixel-frac and --image-frac are shares, 0 to 1")
+    if not all(0 <= f <= 1 for f in (args.pixel_frac, args.image_frac, args.self_train)):
+        parser.error("--pixel-frac, --image-frac and --self-train are shares, 0 to 1")
+    if args.self_train and not args.image_frac:
+        parser.error("--self-train needs image-level labels; give --image-frac")
     if args.tile % 8 or args.width % 4 or min(args.tile, args.width, args.epochs) < 1:
         parser.error("--tile is a multiple of 8, --width of 4, --epochs at least 1")
     if args.image_frac and args.pretrain_epochs >= args.epochs:
@@ -94,13 +96,6 @@ def parse_args(argv=None):
     if not args.resume and Path(args.out, "last.pt").exists():
         parser.error(f"{args.out} holds a run; --resume {args.out}/last.pt, or another --out")
     return args, checkpoint
-
-
-def make_loss(name, beta, share):
-    """A loss of loss.py -> f(logits, target); `share` of class 1 in the labels is for fw."""
-    if name == "fw":
-        return partial(loss.fw, weights=loss.fw_weights((1 - share, share)))
-    return partial(loss.dwce, beta=beta) if name == "dwce" else loss.ce
 
 
 def update(optimizer, loss):
@@ -142,10 +137,11 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model = Network(args.width).to(device)
     adam = torch.optim.Adam(model.parameters(), lr=args.lr)
-    tumour = tiles.table["tumour"][mask_rows].mean()
-    cancer = tiles.table["label"][label_rows].sum() / max(len(label_rows), 1)
-    seg_loss = make_loss(args.seg_loss, args.beta, tumour)
-    cls_loss = make_loss(args.cls_loss, args.beta, cancer)
+    tumour, label = tiles.table["tumour"], tiles.table["label"]
+    share = tumour[mask_rows][label[mask_rows] == data.CANCER].mean()  # in a cancer tile
+    cancer = label[label_rows].sum() / max(len(label_rows), 1)
+    seg_loss = loss.by_name(args.seg_loss, args.beta, tumour[mask_rows].mean())
+    cls_loss = loss.by_name(args.cls_loss, args.beta, cancer)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
 
     # Deviation: the paper does not say how long an epoch is; here a pass over all training
@@ -198,8 +194,12 @@ def main(argv=None):
         if n >= pretrain:
             images, _, labels = next(label_batches)
             with autocast:
-                logits = model.classify(model.encode(images))  # (B, 2)
+                maps = model.encode(images)
+                logits = model.classify(maps)  # (B, 2)
+                seg = model.decode(maps) if args.self_train else None
             loss_cls = args.alpha * cls_loss(logits, labels)  # of L_total, Eq. (3)
+            if args.self_train:  # not the paper's: the decoder learns from its surest pixels too
+                loss_cls += seg_loss(seg, loss.surest(seg, labels, args.self_train, share))
             update(adam, loss_cls)
             sums.update(loss_cls=loss_cls.detach(), right=(logits.argmax(1) == labels).sum())
 
@@ -213,8 +213,9 @@ def main(argv=None):
 
     # Deviation: the paper leaves BN's statistics as they ran; here they are estimated anew on the
     # step-1 tiles, because running means of small batches are far off.
+    rows = label_rows if args.self_train else mask_rows
     with autocast:
-        update_bn(batches(mask_rows, 13, 0, math.ceil(len(mask_rows) / args.batch_size)), model)
+        update_bn(batches(rows, 13, 0, math.ceil(len(rows) / args.batch_size)), model)
     save(last, model, adam, max(first, total), key, args)
     rows = np.flatnonzero(~tiles.table["train"])
     counts = evaluate.count(model, tiles, rows, args)

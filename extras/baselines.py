@@ -166,8 +166,8 @@ def transfer(args, model, tiles, mask_rows, label_rows, total, pretrain):
     # alternation alone.
     cancer = tiles.table["label"][label_rows].mean()
     tumour = tiles.table["tumour"][mask_rows].mean()
-    cls_loss = train.make_loss(args.cls_loss, args.beta, cancer)
-    seg_loss = train.make_loss(args.seg_loss, args.beta, tumour)
+    cls_loss = loss.by_name(args.cls_loss, args.beta, cancer)
+    seg_loss = loss.by_name(args.seg_loss, args.beta, tumour)
     adam = torch.optim.Adam(model.parameters())
     for images, _, labels in descend(args, adam, tiles, label_rows, 12, total - pretrain):
         with autocast(args):

@@ -31,7 +31,7 @@ import train
 from extras import baselines
 from extras.tables import markdown, tables
 
-VARIED = "seed pixel_frac image_frac label_unit alpha beta cls_loss seg_loss resume".split()
+VARIED = "seed pixel_frac image_frac label_unit alpha beta cls_loss seg_loss self_train".split()
 FIGURES = "dsc", "iou", "accuracy", "dsc_cancer_tiles", "slide_dsc", "seconds"
 PICTURES = {"fig5": 0.5, "fig7": 0, "fig8": 0.75, "strip": None}  # share of tumour in the tiles
 SIDE, HEAD, GAP = 224, 20, 6  # px of a panel: its tile, the text above, space to the next
@@ -41,7 +41,8 @@ GREEN, YELLOW = (0, 200, 0), (255, 230, 0)  # truth, prediction
 def settings(run):
     """Arguments of train.py -> flags that all runs of a sweep share; of --data the last name."""
     said = run | {"data": run["data"] and Path(run["data"]).resolve().name}
-    said = {k: str(v) for k, v in said.items() if k not in (*VARIED, "out", "device", "workers")}
+    own = *VARIED, "resume", "out", "device", "workers"
+    said = {k: str(v) for k, v in said.items() if k not in own}
     said = {k.replace("_", "-"): v for k, v in said.items() if v not in ("None", "False")}
     return " ".join(f"--{k} {v}".removesuffix(" True") for k, v in said.items())
 
@@ -175,7 +176,8 @@ def parse_args(argv=None):
     add("--list", action="store_true", help="print the runs of each name, and run nothing")
     args, args.rest = parser.parse_known_args(argv)
     args.common, plain = train.parse_args(args.rest)[0], train.parse_args([])[0]
-    if varied := [name for name in VARIED if vars(args.common)[name] != vars(plain)[name]]:
+    own = [*VARIED, "resume"]
+    if varied := [name for name in own if vars(args.common)[name] != vars(plain)[name]]:
         parser.error(f"runs differ in {', '.join(varied)}; leave it out")
     if not all(0 <= fraction <= 1 for fraction in args.fractions or []):
         parser.error("--fractions are shares, 0 to 1")
