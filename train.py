@@ -147,7 +147,7 @@ def main(argv=None):
     # Deviation: the paper does not say how long an epoch is; here a pass over all training
     # tiles, because S and S+C then make equally many of step 1.
     per_epoch = math.ceil(len(pool) / args.batch_size)
-    first, total = 0, args.epochs * per_epoch
+    first, total = checkpoint["iteration"] if checkpoint else 0, args.epochs * per_epoch
     pretrain = args.pretrain_epochs * per_epoch if len(label_rows) else total  # Fig. 2
     used = b"".join(a.tobytes() for a in (tiles.table, mask_rows, label_rows))
     key, last, log = hashlib.sha256(used).hexdigest(), out / "last.pt", out / "log.jsonl"
@@ -156,7 +156,6 @@ def main(argv=None):
             raise data.DataError(f"{args.resume}: slides or labels have changed; put them back")
         model.load_state_dict(checkpoint["model"])
         adam.load_state_dict(checkpoint["optimizer"])
-        first = checkpoint["iteration"]
     out.mkdir(parents=True, exist_ok=True)
     data.write_tiles(out / "tiles.csv", tiles, mask_rows, label_rows)
     log.write_text("".join(log.read_text().splitlines(True)[: first // per_epoch] if first else []))
