@@ -26,7 +26,7 @@ from extras import geojson, outline, pyramid
 
 PICTURE = 1000  # px, the longer side of NAME.png at most
 # The smallest lesions outlined in CAMELYON are single cells of 140 um^2; .9 of them exceed 350.
-DEFAULTS = {"overlap": 0.5, "threshold": 0.5, "min_area": 200.0, "simplify": 1}
+DEFAULTS = {"overlap": 0.5, "threshold": 0.5, "min_area": 200.0, "simplify": 0}
 FIELDS = "slide", "windows", "tumour_mm2", "lesions", "diameter_mm", "score"
 FIELDS = *FIELDS, "bytes", "level", "um_per_px", "weights", *DEFAULTS
 
@@ -62,13 +62,13 @@ def predict_windows(model, windows, places, args, scores):
 
 
 def outlines(probability, mpp, args):
-    """NAME_likelihood_map.tif, --simplify of its px taken as one -> rings, um per px of them."""
+    """NAME_likelihood_map.tif -> rings, and how many of its px are one of theirs (--simplify)."""
     strips = pyramid.read_strips(probability)
-    for _ in range(args.simplify.bit_length() - 1):
+    block = max(1, args.simplify)
+    for _ in range(block.bit_length() - 1):
         strips = pyramid.halve(strips)
     found = (strip >= 255 * args.threshold for strip in strips)
-    mpp *= args.simplify
-    return outline.trace(found, args.min_area / mpp**2), mpp
+    return outline.trace(found, args.min_area / (mpp * block) ** 2), block
 
 
 def write_picture(path, slide, polygons):
@@ -126,14 +126,14 @@ def predict_slide(model, path, out, args):
         found = predict_windows(model, Windows(slide, k, args.tile), places, args, scores)
         strips = pyramid.blend(found, args.tile, lv.width, lv.height)
         pyramid.write(tif, strips, lv.width, lv.height, mpp)
-        rings, um = outlines(tif, mpp, args)
-        polygons = outline.to_polygons(rings, lv.downsample * args.simplify)
+        rings, block = outlines(tif, mpp, args)
+        polygons = outline.to_polygons(rings, lv.downsample * block)
         write_picture(png, slide, polygons)
-        geojson.write(qupath, rings, lv.downsample * args.simplify)
+        geojson.write(qupath, rings, lv.downsample * block)
         outline.write_annotation(xml, polygons)
         row = {"slide": path.stem, "windows": len(places)}
         if places:
-            row |= figures(rings, um)
+            row |= figures(rings, mpp * block)
         if places and args.image_frac:  # else nothing taught the classification head
             row["score"] = round(max(scores), 4)
         # A slide is done where its XML is, which comes last, so all files are of one time.
@@ -159,7 +159,7 @@ def main(argv=None):
     add("--overlap", type=float, help="of windows, as 1/2, 2/3; 0 is 4 times faster, with seams")
     add("--threshold", type=float, help="probability from which a pixel is tumour (0.5)")
     add("--min-area", type=float, help="um^2; smaller lesions and holes are left out (200, a cell)")
-    add("--simplify", type=int, choices=(1, 2, 4, 8), help="outline blocks of so many px (1)")
+    add("--simplify", type=int, choices=(0, 2, 4, 8), help="outline blocks of PX x PX (0: exact)")
     add("--level", type=int, help="level to read where a file does not tell its um/px")
     add("--overwrite", action="store_true", help="redo slides that are done")
     add("--workers", type=int, help="processes that read windows (as in training)")

@@ -106,7 +106,7 @@ def test_outlines_are_of_pixels_at_the_threshold_and_of_min_area_in_um(tmp_path)
     p = np.zeros((20, 20), np.uint8)
     p[2, 2:4], p[6, 2:4], p[10, 2] = 51, 50, 200
     pyramid.write(tmp_path / "p.tif", [p], 20, 20, 10)
-    args = SimpleNamespace(threshold=0.2, min_area=200, simplify=1)
+    args = SimpleNamespace(threshold=0.2, min_area=200, simplify=0)
     rings, _ = predict.outlines(tmp_path / "p.tif", 10, args)  # a px is 100 um^2
     assert [ring.xy.tolist() for ring in rings] == [[[2, 2], [4, 2], [4, 3], [2, 3]]]
 
@@ -337,7 +337,7 @@ def test_what_is_done_is_kept_and_other_settings_are_said(run, slides, predicted
     argv = [*flags(run, out), path]
     for more, said in (
         (("--threshold", 0.7), "done with threshold 0.5, not 0.7"),
-        (("--simplify", 2), "done with simplify 1, not 2"),
+        (("--simplify", 2), "done with simplify 0, not 2"),
     ):
         status, _, err = call(predict.main, *argv, *more)
         assert status == 1 and said in err and "--overwrite" in err
