@@ -70,7 +70,7 @@ def warn(message, names=None):
 
 def progress(items, what, total=None):
     """Yield from `items` with a line of rate and time left on a terminal; quiet elsewhere."""
-    total, start, shown = total or len(items), time.time(), 0.0
+    total, start, shown = len(items) if total is None else total, time.time(), 0.0
     for n, item in enumerate(items, 1):
         yield item
         now = time.time()
