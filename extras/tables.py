@@ -43,8 +43,8 @@ BOTH, ONE = {"DSC": {}, "IoU": {}}, {"": {}}  # rows that differ in no flag
 T = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # Student's .975, n = 2 to 10
 NOTE = (
     "Mean ± sd, n as in the cells. Paired: the mean difference over seeds, its 95 % interval "
-    "(Student's t). Gap closed: (S+C - S) / (S with all masks - S), where that gap is .05 or more "
-    "and above two standard errors."
+    "(Student's t). Gap closed: (S+C - S) / (S with all masks - S), of the seeds that all three "
+    "have, where that gap is .05 or more and above two standard errors."
 )
 
 
@@ -117,9 +117,10 @@ def paired(cell, other):
 
 def gap_closed(sc, s, full):
     """Cells -> of the gap from S to S with all masks, what image labels close: see NOTE."""
-    if not sc or min(len(s), len(full)) < 2:
+    seeds = sc.keys() & s.keys() & full.keys()
+    if len(seeds) < 2:
         return ""
-    sc, s, full = (cell.values() for cell in (sc, s, full))
+    sc, s, full = ([cell[seed] for seed in seeds] for cell in (sc, s, full))
     gap = mean(full) - mean(s)
     error = (variance(full) / len(full) + variance(s) / len(s)) ** 0.5
     return f"{100 * (mean(sc) - mean(s)) / gap:.0f} %" if gap >= max(0.05, 2 * error) else "no gap"
@@ -145,7 +146,7 @@ def markdown(table, rows, caption):
             body.append([f"{row} against {columns[0]}, paired", "", *against])
         elif s is not cells:
             full = dict(zip(columns, s)).get("100 %", {})
-            body.append(["S+C - S, paired", *map(paired, cells, s)])
+            body.append([f"{row.split(',')[0]} - S, paired", *map(paired, cells, s)])
             body.append(["gap closed", *(gap_closed(a, b, full) for a, b in zip(cells, s))])
     body = [[re.sub(r"\b0\.", ".", text) for text in line] for line in body]  # 0.831 is .831
     lines = [[table.title, *columns], ["---"] * (1 + len(columns)), *body]

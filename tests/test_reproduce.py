@@ -150,10 +150,12 @@ def test_differences_intervals_and_gaps_by_hand():
     assert found == "-9.900 [-11.171, -8.629] (n = 2)"
     assert tables.paired(cell(0.1), cell(0.2)) == "-0.100 (n = 1)"
     assert tables.paired(cell(0.1), {}) == tables.paired({}, cell(0.1)) == ""
-    assert gap_closed([0.7], [0.59, 0.61], [0.79, 0.81]) == "50 %"
-    assert gap_closed([0.7], [0.59, 0.61], [0.63, 0.65]) == "no gap"  # below .05
-    assert gap_closed([0.7], [0.4, 0.8], [0.79, 0.81]) == "no gap"  # .2 < 2 * .2
+    assert gap_closed([0.7, 0.7], [0.59, 0.61], [0.79, 0.81]) == "50 %"
+    assert gap_closed([0.7, 0.7], [0.59, 0.61], [0.63, 0.65]) == "no gap"  # below .05
+    assert gap_closed([0.7, 0.7], [0.4, 0.8], [0.79, 0.81]) == "no gap"  # .2 < 2 * .2
     assert gap_closed([0.7], [0.6], [0.79, 0.81]) == ""  # no error from one seed
+    same = gap_closed([0.7, 0.7], [0.59, 0.61, 0.1], [0.79, 0.81, 0.9])  # of seeds 0 and 1
+    assert same == "50 %"
 
 
 def test_tables_as_text():
