@@ -226,15 +226,13 @@ def test_tables_need_the_rows_alone_and_pictures_the_checkpoints(started, slides
 
 
 def test_the_rows_of_the_docs_give_the_tables_of_the_docs(tmp_path):
-    """docs/results.md leaves out columns that have not all seeds, and the number of seeds."""
     docs = Path(reproduce.__file__).parents[1] / "docs"
     shutil.copy(docs / "ebhi.csv", tmp_path / "runs.csv")
     text = (docs / "results.md").read_text()
     (argv,) = re.findall(r"^python -m extras.reproduce (table4 table5 .*) --out", text, re.M)
     out = ok(reproduce.main, *argv.split(), "--out", tmp_path, "--jobs", 0)
-    rows = [set(re.sub(r" \(n = \d+\)", "", line).split(" | ")) for line in out.splitlines()]
     published = re.findall(r"^\| (?:S.*(?:here|paired)|gap closed) \| .* \|$", text, re.M)
-    assert published and all(any(row >= {*line.split(" | ")} for row in rows) for line in published)
+    assert len(published) > 20 and {*published} <= {*out.splitlines()}
 
 
 def test_runs_of_other_settings_do_not_mix(started, slides, tmp_path):
