@@ -177,6 +177,9 @@ def main(argv=None):
     name, count = Counter(path.stem for path in slides).most_common(1)[0]
     if count > 1:
         raise data.DataError(f"{name}: {count} slides of that name; give each an --out of its own")
+    table = out / "slides.csv"
+    if table.exists() and table.read_text("utf-8").split("\n")[0] != ",".join(FIELDS):
+        raise data.DataError(f"{table}: has columns of another version; give another --out")
     for path in slides:
         try:
             predict_slide(model, path, out, args)

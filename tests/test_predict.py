@@ -219,6 +219,12 @@ def test_simplified_outlines_are_near_the_exact_ones(run, slides, predicted, tmp
     assert row["simplify"] == "2" and float(row["tumour_mm2"]) * 1e6 == pytest.approx(b.sum())
 
 
+def test_a_table_with_other_columns_is_not_added_to(run, tmp_path):
+    (tmp_path / "slides.csv").write_text("slide,seconds\nx,1\n")
+    line = one_line_of(*call(predict.main, *flags(run, tmp_path), "x.tif"))
+    assert "slides.csv" in line and "--out" in line
+
+
 @pytest.mark.parametrize("side", [2, 4, 8])
 def test_simplified_outlines_differ_in_blocks_that_the_exact_ones_cross_alone(tmp_path, side):
     yy, xx = np.mgrid[:528, :304]
