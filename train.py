@@ -57,7 +57,7 @@ def flags():
     add("--cls-loss", **losses, help="loss of step 2 (dwce)")
     add("--alpha", type=float, default=1, help="weight of step 2's loss, Eq. (3) (1)")
     add("--beta", type=float, default=3, help="exponent of dwce, Eq. (2) (3)")
-    add("--self-train", type=float, default=0, help="extension: share of pixels, as .8 (0 = off)")
+    add("--self-train", type=float, default=0, help="extension: share of px in step 2 (0)")
     add("--batch-size", type=int, default=8, help="tiles in each step (8)")
     add("--seed", type=int, default=0, help="of split, labels, weights and order (0)")
     gpu = torch.cuda.is_available()
