@@ -27,8 +27,8 @@ import tifffile
 import torch
 from PIL import Image
 
-# Deviation: the paper names CAMELYON17; here CAMELYON16 is meant and both are read, because 110
-# tumour slides of two hospitals are 16's training set.
+# Deviation: the paper names CAMELYON17; here CAMELYON16 is meant and both are read, because only
+# 16 has 110 tumour slides of two hospitals.
 GROUPS = dict.fromkeys(("_0", "_1", "tumor", "metastases"), True)  # of CAMELYON16, 16's test, 17
 GROUPS |= dict.fromkeys(("_2", "exclusion", "normal"), False)  # cleared from those
 AREAS = {"Polygon", "Spline", "Rectangle"}  # not Dot, PointSet, None (a ruler)
@@ -43,12 +43,13 @@ Source = namedtuple("Source", "name path xml split")
 # A resolution of a slide: size in px, level-0 px per px (a power of two), size of its JPEG blocks,
 # where they lie in the file and their bytes (0 = absent, background), shared JPEG tables, colours.
 Level = namedtuple("Level", "width height downsample block_w block_h offsets counts tables space")
-# A tile: number of its slide, x and y in level-0 px, level, split, share of tumour px, label.
+# A tile: number of its slide, x and y in level-0 px, level, whether it is to train on, share of
+# tumour px, image-level label.
 TILE = "slide int, x int, y int, level int, train bool, tumour float, label int"
 TILE = np.dtype([tuple(field.split()) for field in TILE.split(", ")])
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it would log, Slide raises
-# Freeing one large block lets glibc keep memory, which is 1.8 -> 0.9 ms per 512 px tile.
+# Having freed one large block, glibc keeps memory: 0.9 instead of 1.8 ms per 512 px tile.
 np.empty(1 << 24, np.uint8)
 
 
@@ -212,9 +213,9 @@ def tissue_share(slide, level, tile):
     without background loses half of it.
     """
     # Deviation: the paper names no way to find tissue; here chroma above Otsu's threshold, because
-    # HSV saturation breaks on near-black noise and fixed values across centres.
+    # HSV saturation breaks on near-black noise. Fixed thresholds break across centres.
     side = tile * slide.levels[level].downsample
-    coarsest = min(32, max(1, side // 8))  # 8 um/px, or that of 8 px in a square
+    coarsest = min(32, max(1, side // 8))  # 8 um/px, or 8 px in a square
     fits = [lv.downsample <= coarsest and side % lv.downsample == 0 for lv in slide.levels]
     k = max(np.flatnonzero(fits).tolist())
     low = slide.levels[k]
@@ -238,13 +239,14 @@ class Annotation:
     """Outlines of a slide: `polygons` [(xy, is_tumour)], xy (n, 2) float in level-0 pixels."""
 
     def __init__(self, polygons=()):
-        # Tumour first, then exclusions are cleared: file order gives +4.6 % tumour on test_113.
+        # Exclusions last, whatever the file's order, which would fill them again.
         self.polygons = sorted(polygons, key=lambda polygon: not polygon[1])
         boxes = [(*xy.min(0), *xy.max(0)) for xy, _ in self.polygons]
         self.boxes = np.array(boxes, float).reshape(-1, 4)
 
     def mask(self, x, y, w, h, downsample=1):
         """The w x h px at (x, y) of the level `downsample` -> (h, w) uint8, 1 where tumour."""
+        # A pixel counts if its centre is inside: x of level 0 is (x + .5) / downsample - .5 here.
         boxes = (self.boxes + 0.5) / downsample - 0.5 - (x, y, x, y)
         boxes = np.clip(np.ceil(boxes), 0, (w, h, w, h)).astype(int)
         mask = np.zeros((h, w), np.uint8)
@@ -292,7 +294,7 @@ def read_annotation(path, size=(1e7, 1e7)):
         parents = {group_of(node, "Name"): group_of(node) for node in root.iter("Group")}
         for node in root.iter("Annotation"):
             kind, xy, group = node.get("Type"), coordinates(node), group_of(node)
-            for _ in parents:  # a group in a known one is of that one
+            for _ in parents:  # groups may be nested: climb to a known one
                 if group not in GROUPS and parents.get(group, "none") != "none":
                     group = parents[group]
             if kind not in AREAS or len(xy) < 3 or np.linalg.matrix_rank(xy - xy[0]) < 2:
@@ -319,7 +321,7 @@ def read_annotation(path, size=(1e7, 1e7)):
 
 def coordinates(node):
     """The points of an XML Annotation, put by their Order as in ASAP -> (n, 2) float."""
-    points = list(node.iterfind("Coordinates/Coordinate"))  # iter: n^2 where they are nested
+    points = list(node.iterfind("Coordinates/Coordinate"))  # iter() is quadratic on nested ones
     if any("Order" in point.keys() for point in points):
         points.sort(key=lambda point: float(point.get("Order")))
     xy = np.array([(float(p.get("X")), float(p.get("Y"))) for p in points]).reshape(-1, 2)
@@ -351,9 +353,9 @@ def find_slides(root=None, seed=0):
     shared, sources, left_out = os.path.commonpath([f.parent for f in slides]), [], []
     for path in slides:
         name, stem = path.relative_to(root).as_posix(), path.stem.lower()
-        side = re.search("(^|/)(train|test)[^/]*/", path.relative_to(shared).as_posix().lower())
+        split = re.search("(^|/)(train|test)[^/]*/", path.relative_to(shared).as_posix().lower())
         if path in xmls or stem in normal or stem.startswith("normal"):
-            sources.append(Source(name, path, xmls.get(path), side[2] if side else ""))
+            sources.append(Source(name, path, xmls.get(path), split[2] if split else ""))
         else:
             left_out.append(name)
     given = {"train", "test"} <= {s.split for s in sources}
@@ -415,8 +417,8 @@ def patient(source):
 
 def seeded_split(sources, seed):
     """Section 2.2: hold out 20 of 110 patients, of those with tumour and of those without."""
-    # Deviation: the paper does not name its 20 test slides; here 20 in 110 patients, drawn with the
-    # seed, because slides of one patient are alike.
+    # Deviation: the paper does not name its 20 test slides; here the folders train* and test*, else
+    # 20 in 110 patients, because CAMELYON16 ships a split and slides of one patient are alike.
     tumour = {patient(s) for s in sources if s.xml}
     test, rng = set(), np.random.default_rng((seed, 0))
     for patients in (tumour, {patient(s) for s in sources} - tumour):
@@ -428,8 +430,8 @@ def seeded_split(sources, seed):
 class Tiles(torch.utils.data.Dataset):
     """All tissue tiles of all slides; `table` (TILE) has a row for each, `side` px of its level.
 
-    tiles[row, turn] -> image (3, T, T) uint8, mask (T, T) uint8, label; `turn` 0 to 7 flips and
-    turns both, 0 leaves them. uint8 leaves the workers: float32 would cost up to twice the CPU.
+    tiles[row, turn] -> image (3, T, T) uint8, mask (T, T) uint8, label; `turn` 1 to 7 flips and
+    turns both. Workers send uint8: float32 would cost up to twice the CPU.
     """
 
     def __init__(self, sources, slides, annotations, side, table):
@@ -464,7 +466,7 @@ def tile_slides(sources, tile=512, mpp=0.5, level=None):
         squares = np.argwhere(tissue_share(slides[n], k, tile) >= TISSUE_SHARE) * tile
         for y, x in squares.tolist():
             # Deviation: the paper has no rule for a tile's label; here cancer above 5 % tumour,
-            # normal at none, because tiles between, used for their masks alone, are neither.
+            # normal at none, because tiles between are neither. Their masks are used.
             tumour = float(annotation.mask(x, y, tile, tile, down).mean())
             label = CANCER if tumour > CANCER_SHARE else AMBIGUOUS if tumour > 0 else NORMAL
             rows.append((n, x * down, y * down, k, source.split == "train", tumour, label))
@@ -480,9 +482,9 @@ def tile_slides(sources, tile=512, mpp=0.5, level=None):
 def choose_labels(tiles, pixel_frac, image_frac, label_unit="tile", seed=0):
     """Whose labels training may use -> rows of `tiles.table`: the pool, masks, image labels.
 
-    The pool is what 100 % stands for; image_frac 0 is the S group, 1 is S+C.
-    `label_unit`: masks are of single tiles or of whole slides.
-    DataError if a class is missing.
+    The pool is what 100 % stands for: all training tiles with tumour, and as many normal ones.
+    image_frac 0 is the S group, 1 is S+C. `label_unit`: masks are of single tiles or of whole
+    slides. DataError if a class is missing.
     """
     train, label = tiles.table["train"], tiles.table["label"]
     cancer, normal = (np.flatnonzero(train & (label == kind)) for kind in (CANCER, NORMAL))
@@ -491,11 +493,11 @@ def choose_labels(tiles, pixel_frac, image_frac, label_unit="tile", seed=0):
         cure = "training needs both, testing cancer: change --tile, --mpp, --level or --data"
         raise DataError(f"{found}; {cure}")
     # Deviation: the paper does not say which normal tiles it takes; here as many as cancer ones,
-    # drawn with the seed, because tumour is rare.
+    # because tumour is rare.
     normal = np.random.default_rng((seed, 1)).permutation(normal)[: len(cancer)]
     pool = np.sort(np.r_[np.flatnonzero(train & (label != NORMAL)), normal])
-    # Deviation: the paper's 0 % row scores .596 with nothing to learn from; here 0 % keeps the mask
-    # of one tile of each class, because its reference [20] does. 0 % of image labels is none.
+    # Deviation: the paper's 0 % row scores .596 from nothing; here 0 % keeps the mask of one tile
+    # of each class, because its [20] does. 0 % of image labels is none.
     masks = nested(tiles.table, pool, label_unit, pixel_frac, (seed, 2))
     labels = nested(tiles.table, pool[label[pool] != AMBIGUOUS], "tile", image_frac, (seed, 3))
     return pool, masks, labels if image_frac else labels[:0]
@@ -504,12 +506,11 @@ def choose_labels(tiles, pixel_frac, image_frac, label_unit="tile", seed=0):
 def nested(table, rows, unit, fraction, seed):
     """Those of `rows` whose label may be used: a share of the units, "tile" or "slide".
 
-    A unit's score in (0, 1) does not depend on the fraction that it is compared with, so 10 % is
-    inside 20 %. Units with and without cancer are ranked apart, so both keep their share, and the
-    lowest-scored tile of each class is always used.
+    A unit's random score in (0, 1) does not depend on `fraction`, so 10 % is inside 20 %. Units
+    with and without cancer are ranked apart, so both keep their share, and the lowest-scored tile
+    of each class is always used.
     """
-    # Deviation: the paper gives masks to a share of the tiles; here, on demand, of the slides,
-    # because a pathologist outlines slides.
+    # The paper gives masks to a share of the tiles; a pathologist outlines slides.
     label, units = table["label"][rows], rows if unit == "tile" else table["slide"][rows]
     with_cancer = np.isin(units, units[label == CANCER])
     rng, score = np.random.default_rng(seed), np.empty(len(rows))

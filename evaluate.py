@@ -3,8 +3,7 @@
     python evaluate.py --ckpt runs/x/last.pt                # scores the test slides again
     python evaluate.py --ckpt runs/x/last.pt --data OTHER --split all       # on other slides
 
-Counts are integers over the whole split and are divided once, so batches do not matter. Within
-.002, every row of the paper but one has IoU = DSC / (2 - DSC): true of pooled counts, not of means.
+Counts are integers over the whole split and are divided once, so batches do not matter.
 """
 
 import argparse
@@ -32,7 +31,7 @@ def load_checkpoint(path):
 
 
 def load(path, **given):
-    """last.pt -> model, and its run's arguments, replaced by those `given` that are not None."""
+    """last.pt -> model and the run's arguments; those `given` that are not None win."""
     checkpoint = load_checkpoint(path)
     args = SimpleNamespace(**checkpoint["args"])
     vars(args).update({name: value for name, value in given.items() if value is not None})
@@ -51,7 +50,7 @@ def predict(model, images, amp=False):
 def count(model, tiles, rows, args):
     """Predict tiles `rows` -> (len(rows), 4) int64: TP, FP, FN pixels, predicted label."""
     model.eval()
-    keys, counts = [(row, 0) for row in rows.tolist()], []
+    keys, counts = [(row, 0) for row in rows.tolist()], []  # turn 0: as it is
     keys = [keys[n : n + args.batch_size] for n in range(0, len(keys), args.batch_size)]
     batches = data.load(tiles, keys, torch.device(args.device), args.workers)
     for images, masks, _ in data.progress(batches, "evaluating", len(keys)):
@@ -63,7 +62,7 @@ def count(model, tiles, rows, args):
 
 
 def dsc_iou(counts):
-    """Rows of TP, FP, FN -> pooled DSC, IoU; None where there is no tumour."""
+    """Rows of TP, FP, FN -> pooled DSC, IoU; None where the truth has no tumour."""
     tp, fp, fn = (int(n) for n in counts[:, :3].sum(0))
     return (2 * tp / (2 * tp + fp + fn), tp / (tp + fp + fn)) if tp + fn else (None, None)
 
@@ -74,7 +73,7 @@ def summarise(tiles, rows, counts, classes=True):
     `classes` is False where no image label trained the classification head.
     """
     # Deviation: the paper does not say how it averages; here pooled over all test tiles, because
-    # its IoU = DSC / (2 - DSC) implies that.
+    # its IoU = DSC / (2 - DSC), within .002 in all rows but one, which means over tiles have not.
     table, label = tiles.table[rows], tiles.table["label"][rows]
 
     def figures(of):

@@ -8,7 +8,7 @@ unlabelled. p(x) is the softmax probability of the labelled class at pixel (or i
 
     CE    w = 1
     FW    w = 1 / ln(1.10 + frequency of the class)     as in Y-Net, the paper's reference [5]
-    DWCE  w = 100^(-p^beta), in [0.01, 1]               Eq. (2), from the prediction itself
+    DWCE  w = exp(-ln100 p^beta), in [0.01, 1]          Eq. (2), from the prediction itself
 
 Pure functions of tensors: copy this file.
 """
@@ -28,7 +28,7 @@ def log_p(logits, target):
 def weighted_mean(w, logp, target):
     """-mean of w log p over target >= 0; 0 where nothing is labelled."""
     # Deviation: the paper has +sum w log p in Eq (1); here -mean, because a loss is minimised and
-    # should not depend on the number of pixels.
+    # should not grow with the tile.
     labelled = target >= 0
     return -torch.where(labelled, w * logp, 0.0).sum() / labelled.sum().clamp(min=1)
 
@@ -54,12 +54,11 @@ def fw_weights(frequency):
 def dwce(logits, target, beta=3.0, printed=False):
     """Dynamically weighted cross entropy, Eqs. (1) and (2). Shapes as in `ce`.
 
-    w = 100^(-p^beta) is detached: 1 at p = 0, .56 at p = .5 (beta 3), .01 at p = 1, so that pixels
+    w = exp(-ln100 p^beta) is detached: 1 at p = 0, .56 at p = .5 (beta 3), .01 at p = 1, so pixels
     predicted well count little, but are not lost. `printed`: Eq. (2) as it stands, in [1, 100].
     """
-    # Deviation: the paper prints w = exp(+ln100 p^beta), in [1, 100]; here exp(-ln100 p^beta),
-    # detached, because its text has w in [0, 1] and attends to low p. A weight with a gradient
-    # could make the loss grow with p.
+    # Deviation: the paper prints w = exp(+ln100 p^beta); here exp(-ln100 p^beta), detached, because
+    # its text has w in [0, 1], high at low p. With a gradient in w the loss could grow with p.
     logp = log_p(logits, target)
     p = logp.detach().exp()
     w = torch.exp((1 if printed else -1) * math.log(100) * p**beta)
@@ -67,7 +66,7 @@ def dwce(logits, target, beta=3.0, printed=False):
 
 
 def by_name(name, beta, share):
-    """A loss -> f(logits, target). FW's weights are of `share`, that of class 1 in the labels."""
+    """A loss -> f(logits, target); `share` of class 1 among the labels is for FW alone."""
     if name == "fw":
         return partial(fw, weights=fw_weights((1 - share, share)))
     return partial(dwce, beta=beta) if name == "dwce" else ce
@@ -77,7 +76,8 @@ def surest(logits, labels, known, share):
     """Targets for tiles that have an image-level label alone; an extension, not the paper's.
 
     logits (B, 2, H, W), labels (B,) -> (B, H, W): 0 on normal tiles; on cancer tiles 1 for the
-    known * share pixels of highest p(tumour), 0 for the known * (1 - share) of lowest, else -1.
+    fraction known * share of pixels with the highest p(tumour), 0 for known * (1 - share) with
+    the lowest, else -1.
     """
     p = logits.detach().float().softmax(1)[:, 1]
     ends = p.new_tensor([known * (1 - share), 1 - known * share])

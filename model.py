@@ -1,7 +1,7 @@
 """The network of Fig. 3: a U-Net with ESP encoder, PSP decoder and a classification head.
 
     model = Network(width=32)
-    segmentation, image = model(tiles)          # tiles (B, 3, H, W), 0..255, H and W multiples of 8
+    seg_logits, class_logits = model(tiles)     # tiles (B, 3, H, W), 0..255, H and W multiples of 8
     model.decode(model.encode(tiles))           # step 1: the classification head is not run
     model.classify(model.encode(tiles))         # step 2: PSP and decoder are not run
 
@@ -32,8 +32,8 @@ def conv_bn_relu(c_in, c_out, kernel):
 class ESP(nn.Module):
     """Efficient spatial pyramid, section 1.5: reduce, four dilated convolutions, concatenate."""
 
-    # Deviation: the paper's source [21] adds hierarchical fusion and a residual; here plain
-    # concatenation, because the paper's words describe that.
+    # Deviation: the paper's source [21] adds hierarchical fusion and a residual; here neither,
+    # because the paper's text has neither.
     def __init__(self, channels):
         super().__init__()
         d = channels // 4
@@ -51,7 +51,7 @@ class ESP(nn.Module):
 class PSP(nn.Module):
     """Pyramid spatial pooling, section 1.5: the map beside four pooled views of itself."""
 
-    # No BN: it would raise on the 1x1 bin with one tile in training, and the paper names none.
+    # No BN: the paper names none, and the 1x1 bin of a batch of one tile is too little for it.
     def __init__(self, channels):
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(channels, channels // 4, 1) for _ in BINS)
@@ -59,7 +59,7 @@ class PSP(nn.Module):
     def forward(self, x):  # (B, C, H, W)
         views = [conv(F.adaptive_avg_pool2d(x, bins)) for bins, conv in zip(BINS, self.convs)]
         views = [F.interpolate(view, x.shape[2:], mode="bilinear") for view in views]
-        return torch.cat([x, *views], 1)  # (B, C + 4 C/4, H, W)
+        return torch.cat([x, *views], 1)  # (B, 2C, H, W)
 
 
 class Network(nn.Module):
@@ -82,11 +82,12 @@ class Network(nn.Module):
         ups = (nn.ConvTranspose2d(i, o, 2, stride=2) for i, o in zip([c1, c2, 2 * c3], c))
         self.ups = nn.ModuleList(ups)
         # Deviation: the paper does not say how the decoder fuses; here with a 1x1 convolution,
-        # because 3x3 costs 2.7 times the multiply-adds for no clear gain in DSC.
+        # because 3x3 costs 2.7 times the multiply-adds.
         self.fuses = nn.ModuleList(conv_bn_relu(3 * i, i, 1) for i in (c0, c1, c2))
-        self.head = nn.Conv2d(c0, 2, 1)
-        # Deviation: the paper does not say how a map becomes one label; here as the mean of class
-        # logits, because that takes any size.
+        self.head = nn.Conv2d(c0, 2, 1)  # of the decoder: segmentation
+        # The classification head.
+        # Deviation: the paper does not say how a map becomes one label; here by its mean, because
+        # that takes any size.
         self.classifier = nn.Sequential(conv_bn_relu(c3, c3 // 2, 1), nn.Conv2d(c3 // 2, 2, 1))
         self.to(memory_format=torch.channels_last)  # faster than NCHW, see docs/speed.md
 
@@ -111,7 +112,7 @@ class Network(nn.Module):
         return self.head(x)  # (B, 2, H, W)
 
     def classify(self, maps):
-        """The four ESP maps -> class logits (B, 2), class 1 is cancer."""
+        """The ESP maps, of which the deepest is used -> class logits (B, 2), class 1 is cancer."""
         return self.classifier(maps[3]).mean((2, 3))  # (B, 2, H/8, W/8) -> (B, 2)
 
     def forward(self, tiles):

@@ -30,7 +30,7 @@ import loss
 from model import Network
 
 # Deviation: the paper gives no tile size, resolution or epochs; here 512 px, 0.5 um/px and 50,
-# because comparable work has 224-512 px, 20x and 20-100 epochs.
+# because comparable work is near these.
 PAPER = {"tile": 512, "mpp": 0.5, "width": 32, "lr": 1e-4, "epochs": 50}  # lr: section 2.1
 DEMO = {"tile": 128, "mpp": 1.0, "width": 16, "lr": 1e-3, "epochs": 8}  # without --data
 
@@ -41,9 +41,9 @@ def flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=evaluate.AS_WRITTEN)
     add = parser.add_argument_group("slides and labels").add_argument
     add("--data", help="folder of slides and ASAP XML, at any depth (default: synthetic slides)")
-    add("--pixel-frac", type=float, default=0.1, help="share of training tiles with masks (0.1)")
-    add("--image-frac", type=float, default=1, help="share with image labels; 0 = S group (1)")
-    add("--label-unit", choices=("tile", "slide"), default="tile", help="of --pixel-frac (tile)")
+    add("--pixel-frac", type=float, default=0.1, help="share of tiles with masks (default 0.1)")
+    add("--image-frac", type=float, default=1, help="with image labels, 0: S group (default 1)")
+    add("--label-unit", choices=("tile", "slide"), default="tile", help="what has masks or not")
     add("--level", type=int, help="level to read where a file does not tell its um/px")
     add = parser.add_argument_group("scale", f"with --data {PAPER}, without {DEMO}").add_argument
     add("--tile", type=int, help="side of a tile in px, a multiple of 8")
@@ -52,14 +52,14 @@ def flags():
     add("--lr", type=float, help="Adam's, falling linearly to 0")
     add("--epochs", type=int, help="each as many iterations as a pass over the tiles")
     add = parser.add_argument_group("training and machine").add_argument
-    add("--pretrain-epochs", type=int, help="epochs of step 1 alone (a tenth, at least 1 of 2)")
-    add("--seg-loss", **losses, help="loss of step 1 (dwce)")
-    add("--cls-loss", **losses, help="loss of step 2 (dwce)")
-    add("--alpha", type=float, default=1, help="weight of step 2's loss, Eq. (3) (1)")
-    add("--beta", type=float, default=3, help="exponent of dwce, Eq. (2) (3)")
-    add("--self-train", type=float, default=0, help="extension: share of px in step 2 (0)")
-    add("--batch-size", type=int, default=8, help="tiles in each step (8)")
-    add("--seed", type=int, default=0, help="of split, labels, weights and order (0)")
+    add("--pretrain-epochs", type=int, help="of step 1 alone (default: a tenth, at least 1)")
+    add("--seg-loss", **losses, help="loss of step 1 (default dwce)")
+    add("--cls-loss", **losses, help="loss of step 2 (default dwce)")
+    add("--alpha", type=float, default=1, help="weight in Eq. (3) (default 1)")
+    add("--beta", type=float, default=3, help="exponent of dwce, Eq. (2) (default 3)")
+    add("--self-train", type=float, default=0, help="extension: share of px to learn from (0: off)")
+    add("--batch-size", type=int, default=8, help="tiles in each step (default 8)")
+    add("--seed", type=int, default=0, help="of split, labels, weights, order (default 0)")
     gpu = torch.cuda.is_available()
     add("--device", default="cuda" if gpu else "cpu")
     add("--workers", type=int, default=8 * gpu, help="processes that read tiles, for each step")
@@ -99,7 +99,7 @@ def parse_args(argv=None):
 
 
 def update(optimizer, loss):
-    optimizer.zero_grad()
+    optimizer.zero_grad()  # to None: Adam leaves a branch that was not run as it is, Fig. 4
     loss.backward()
     optimizer.step()
 
@@ -114,7 +114,7 @@ def save(path, model, optimizer, iteration, key, args):
 
 def log_line(epoch, sums, batch_size, seconds):
     """Sums over the iterations of an epoch -> the numbers to print and log. DataError for NaN."""
-    sums = {name: float(value) for name, value in sums.items()}  # the only wait for a GPU
+    sums = {name: float(value) for name, value in sums.items()}  # waits for a GPU
     n = sums["iterations"]
     dsc = 2 * sums["overlap"] / max(sums["area"], 1)
     line = {"loss_seg": sums["loss_seg"] / n, "train_dsc": dsc}
@@ -138,14 +138,14 @@ def main(argv=None):
     model = Network(args.width).to(device)
     adam = torch.optim.Adam(model.parameters(), lr=args.lr)
     tumour, label = tiles.table["tumour"], tiles.table["label"]
-    share = tumour[mask_rows][label[mask_rows] == data.CANCER].mean()  # in a cancer tile
+    share = tumour[mask_rows][label[mask_rows] == data.CANCER].mean()  # extension
     cancer = label[label_rows].sum() / max(len(label_rows), 1)
     seg_loss = loss.by_name(args.seg_loss, args.beta, tumour[mask_rows].mean())
     cls_loss = loss.by_name(args.cls_loss, args.beta, cancer)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
 
-    # Deviation: the paper does not say how long an epoch is; here a pass over all training
-    # tiles, because S and S+C then make equally many of step 1.
+    # Deviation: the paper does not say how long an epoch is; here a pass over the pool (100 %),
+    # because S and S+C then make equally many of step 1.
     per_epoch = math.ceil(len(pool) / args.batch_size)
     first, total = checkpoint["iteration"] if checkpoint else 0, args.epochs * per_epoch
     pretrain = args.pretrain_epochs * per_epoch if len(label_rows) else total  # Fig. 2
@@ -179,7 +179,7 @@ def main(argv=None):
         # last weights are scored.
         adam.param_groups[0]["lr"] = args.lr * (1 - n / total)
 
-        # Step 1, Fig. 4: masks teach encoder, PSP and decoder; the classification head gets none.
+        # Step 1, Fig. 4: masks teach encoder, PSP and decoder; no gradient for the head.
         images, masks, _ = next(mask_batches)
         with autocast:
             logits = model.decode(model.encode(images))  # (B, 2, H, W)
@@ -189,15 +189,15 @@ def main(argv=None):
         sums.update(loss_seg=loss_seg.detach(), overlap=(found * masks).sum())
         sums.update(iterations=1, area=found.sum() + masks.sum())
 
-        # Step 2, Fig. 4: image labels teach encoder and head; PSP and decoder get none.
+        # Step 2, Fig. 4: image labels teach encoder and head; no gradient for PSP, decoder.
         if n >= pretrain:
             images, _, labels = next(label_batches)
             with autocast:
                 maps = model.encode(images)
                 logits = model.classify(maps)  # (B, 2)
                 seg = model.decode(maps) if args.self_train else None
-            loss_cls = args.alpha * cls_loss(logits, labels)  # of L_total, Eq. (3)
-            if args.self_train:  # not the paper's: the decoder learns from its surest pixels too
+            loss_cls = args.alpha * cls_loss(logits, labels)  # 2nd term of Eq. (3)
+            if args.self_train:  # extension: the decoder learns from its surest pixels too
                 loss_cls += seg_loss(seg, loss.surest(seg, labels, args.self_train, share))
             update(adam, loss_cls)
             sums.update(loss_cls=loss_cls.detach(), right=(logits.argmax(1) == labels).sum())
@@ -210,8 +210,8 @@ def main(argv=None):
             print(*(f"{name} {value:g} " for name, value in line.items()), flush=True)
             sums, start = Counter(), time.time()
 
-    # Deviation: the paper leaves BN's statistics as they ran; here they are estimated anew on the
-    # step-1 tiles, because running means of small batches are far off.
+    # Deviation: the paper does not say what BN's statistics are; here they are estimated anew on
+    # the decoder's training tiles, because running means of small batches are far off.
     rows = label_rows if args.self_train else mask_rows
     with autocast:
         update_bn(batches(rows, 13, 0, math.ceil(len(rows) / args.batch_size)), model)

@@ -96,7 +96,7 @@ def mil_loss(z, label):
     All cells of a negative bag are negative; the highest of a positive one are positive, and its
     others have no label.
     """
-    # Deviation: [18] takes int(top * n) cells; here at least one, because none gives NaN.
+    # [18] takes int(top * n) cells, but none gives NaN.
     z, count = z.float(), max(1, int(MIL_TOP * z.shape[1]))
     highest = torch.zeros_like(z).scatter(1, z.topk(count).indices, 1)
     known = torch.where(label[:, None] == 1, highest, 1.0)
@@ -141,9 +141,8 @@ def multitask(args, model, tiles, mask_rows, label_rows, total, pretrain):
 
 def mil(args, model, tiles, mask_rows, label_rows, total, pretrain):
     """Train [18]: masks averaged to the cells, and bags of cells, in turn."""
-    # Deviation: [18] has bags of many tiles and no masks; here a bag is a tile, its instances are
-    # the cells of its logit map, and masks averaged to them teach too, because labels are of tiles
-    # here.
+    # Deviation: the paper's [18] has bags of tiles and no masks; here a bag is the cells of one
+    # tile's logit map and masks averaged to them teach too, because labels are of tiles.
     adam = torch.optim.Adam(model.parameters())
     bags = batches(args, tiles, label_rows, 12, pretrain, total)
     for n, (images, masks, _) in enumerate(descend(args, adam, tiles, mask_rows, 11, total)):
@@ -161,8 +160,8 @@ def mil(args, model, tiles, mask_rows, label_rows, total, pretrain):
 
 def transfer(args, model, tiles, mask_rows, label_rows, total, pretrain):
     """Train [30]: encoder and head on labels, then with a new Adam encoder and decoder on masks."""
-    # Deviation: the paper does not tell how [30], a classifier, segments; here our network does all
-    # of step 2, then all of step 1, because only the alternation is missing then.
+    # Deviation: the paper does not tell how [30], a classifier, segments; here all of step 2 comes
+    # before all of step 1, because only the alternation is missing then.
     cancer = tiles.table["label"][label_rows].mean()
     tumour = tiles.table["tumour"][mask_rows].mean()
     cls_loss = loss.by_name(args.cls_loss, args.beta, cancer)
@@ -185,6 +184,8 @@ METHODS = {"transfer": transfer, "multitask": multitask, "mil": mil}
 
 def network(method, width):
     """The untrained network of a method."""
+    # Deviation: the paper's [30] starts from ImageNet weights; here all methods start untrained,
+    # because no weights are downloaded and none has an advantage.
     return Network(width) if method == "transfer" else ResNet(method)
 
 

@@ -23,7 +23,7 @@ def blend(windows, tile, width, height):
     edge, so no seam is left. Where none was, it is 0.
     """
     # Deviation: the paper predicts tiles; here windows of whole slides overlap, because a network
-    # sees least at the edge of its tile.
+    # sees least at a tile's edge.
     ramp = np.minimum(np.arange(tile) + 0.5, np.arange(tile, 0, -1) - 0.5).astype(np.float32)
     weight = np.outer(ramp, ramp)
     # Sums of weight * p and of weight: row y is held in row y % (SIDE + tile), until it is whole.

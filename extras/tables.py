@@ -71,8 +71,8 @@ def masks_on(fractions):
 
 def tables(fractions=None):
     """Name -> Table; `fractions`: shares of masks in place of the paper's, fewer N of Fig. 6."""
-    # Deviation: the paper does not give the share of masks of its Tables 1 to 3; here 10 %, because
-    # that is its headline row.
+    # Deviation: the paper gives no share of masks for Tables 1 to 3; here 10 %, because that is its
+    # headline row.
     tenth = {"pixel-frac": "0.1"}
     betas = {f"{beta}": tenth | {"beta": f"{beta}"} for beta in range(1, 7)}
     alphas = {f"{alpha}": tenth | {"alpha": f"{alpha}"} for alpha in (0.1, 0.2, 0.5, 0.8, 1)}
