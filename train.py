@@ -52,7 +52,7 @@ def flags():
     add("--lr", type=float, help="Adam's, falling linearly to 0")
     add("--epochs", type=int, help="each as many iterations as a pass over the tiles")
     add = parser.add_argument_group("training and machine").add_argument
-    add("--pretrain-epochs", type=int, help="of step 1 alone, over the masks (default: a tenth)")
+    add("--pretrain-epochs", type=int, help="of step 1 alone (default: a tenth, at least 1)")
     add("--seg-loss", **losses, help="loss of step 1 (default dwce)")
     add("--cls-loss", **losses, help="loss of step 2 (default dwce)")
     add("--alpha", type=float, default=1, help="weight in Eq. (3) (default 1)")
@@ -112,13 +112,14 @@ def save(path, model, optimizer, iteration, key, args):
     os.replace(f"{path}.part", path)
 
 
-def log_line(epoch, sums, seconds):
+def log_line(epoch, sums, batch_size, seconds):
     """Sums over the iterations of an epoch -> the numbers to print and log. DataError for NaN."""
     sums = {name: float(value) for name, value in sums.items()}  # waits for a GPU
-    n, dsc = sums["steps_seg"], 2 * sums["overlap"] / max(sums["area"], 1)
+    n = sums["iterations"]
+    dsc = 2 * sums["overlap"] / max(sums["area"], 1)
     line = {"loss_seg": sums["loss_seg"] / n, "train_dsc": dsc}
-    if steps := sums.get("steps_cls"):  # fewer in the epoch in which pre-training ends
-        line |= {"loss_cls": sums["loss_cls"] / steps, "train_accuracy": sums["right"] / steps}
+    if "loss_cls" in sums:
+        line |= {"loss_cls": sums["loss_cls"] / n, "train_accuracy": sums["right"] / n / batch_size}
     line |= {"iterations_per_s": n / seconds, "seconds": seconds}
     if not math.isfinite(line["loss_seg"] + line.get("loss_cls", 0)):
         raise data.DataError(f"the loss is not finite in epoch {epoch}; lower --lr")
@@ -147,9 +148,7 @@ def main(argv=None):
     # because S and S+C then make equally many of step 1.
     per_epoch = math.ceil(len(pool) / args.batch_size)
     first, total = checkpoint["iteration"] if checkpoint else 0, args.epochs * per_epoch
-    # Deviation: the paper gives no length of pre-training; here a tenth of the epochs, as passes
-    # over the masks, because step 1 alone overfits few masks (docs/results.md).
-    pretrain = args.pretrain_epochs * math.ceil(len(mask_rows) / args.batch_size)  # Fig. 2
+    pretrain = args.pretrain_epochs * per_epoch if len(label_rows) else total  # Fig. 2
     used = b"".join(a.tobytes() for a in (tiles.table, mask_rows, label_rows))
     key, last, log = hashlib.sha256(used).hexdigest(), out / "last.pt", out / "log.jsonl"
     if checkpoint:
@@ -174,8 +173,10 @@ def main(argv=None):
     mask_batches = batches(mask_rows, 11, first, total)
     label_batches = batches(label_rows, 12, max(first, pretrain), total)
     sums, start = Counter(), time.time()
+    model.train()
     for n in data.progress(range(first, total), "training"):
-        # Deviation: the paper has one learning rate; here it falls to 0, because the end is scored.
+        # Deviation: the paper gives one learning rate; here it falls linearly to 0, because the
+        # last weights are scored.
         adam.param_groups[0]["lr"] = args.lr * (1 - n / total)
 
         # Step 1, Fig. 4: masks teach encoder, PSP and decoder; no gradient for the head.
@@ -186,10 +187,10 @@ def main(argv=None):
         update(adam, loss_seg)
         found = logits.argmax(1)
         sums.update(loss_seg=loss_seg.detach(), overlap=(found * masks).sum())
-        sums.update(steps_seg=1, area=found.sum() + masks.sum())
+        sums.update(iterations=1, area=found.sum() + masks.sum())
 
         # Step 2, Fig. 4: image labels teach encoder and head; no gradient for PSP, decoder.
-        if args.image_frac and n >= pretrain:
+        if n >= pretrain:
             images, _, labels = next(label_batches)
             with autocast:
                 maps = model.encode(images)
@@ -199,11 +200,10 @@ def main(argv=None):
             if args.self_train:  # extension: the decoder learns from its surest pixels too
                 loss_cls += seg_loss(seg, loss.surest(seg, labels, args.self_train, share))
             update(adam, loss_cls)
-            right = (logits.argmax(1) == labels).float().mean()
-            sums.update(steps_cls=1, loss_cls=loss_cls.detach(), right=right)
+            sums.update(loss_cls=loss_cls.detach(), right=(logits.argmax(1) == labels).sum())
 
         if (n + 1) % per_epoch == 0:
-            line = log_line((n + 1) // per_epoch, sums, time.time() - start)
+            line = log_line((n + 1) // per_epoch, sums, args.batch_size, time.time() - start)
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             save(last, model, adam, n + 1, key, args)

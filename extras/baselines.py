@@ -221,8 +221,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model = network(args.method, args.width).to(args.device)
     per_epoch = math.ceil(len(pool) / args.batch_size)  # as in train.py
-    total = args.epochs * per_epoch
-    pretrain = args.pretrain_epochs * math.ceil(len(mask_rows) / args.batch_size)
+    total, pretrain = args.epochs * per_epoch, args.pretrain_epochs * per_epoch
     rows = METHODS[args.method](args, model, tiles, mask_rows, label_rows, total, pretrain)
     if not all(p.isfinite().all() for p in model.parameters()):
         raise data.DataError("the loss was not finite; lower --lr")

@@ -166,12 +166,11 @@ def test_no_number_is_waited_for_but_where_a_line_is_logged(few, tmp_path, monke
         monkeypatch.setattr(torch.Tensor, name, watched(name))
     ok(train.main, "--data", few, "--out", tmp_path / "r", *TINY, "--self-train", 0.8)
     assert {logged for _, logged in at} == {True}, at
-    assert len(at) == 5 + 5  # sums of two epochs
+    assert len(at) == 3 + 5  # sums of an epoch of step 1, of one of both
 
 
 FLAGS = [
     "--epochs 2",
-    "--epochs 2 --pixel-frac 1",
     "--epochs 1 --amp",
     "--epochs 2 --image-frac 0",
     "--epochs 1 --label-unit slide --pixel-frac 0 --alpha 0.5 --beta 1",
@@ -193,8 +192,7 @@ def test_every_kind_of_run_ends(few, tmp_path, flags):
         assert {name.split(".")[0] for name in same} == {"classifier"} and len(same) == 5
         assert both == [False, False] and results["accuracy"] is None and "accuracy null" in out
     else:
-        # Pre-training is a pass over the masks: the whole first epoch where all tiles have one.
-        assert both == ([False, True] if "--pixel-frac 1" in flags else [True] * len(both))
+        assert both == ([False, True] if "--epochs 2" in flags else [True])
         assert 0 <= results["accuracy"] <= 1
     if "--self-train" in flags:  # the decoder takes part in both steps
         checkpoint = checkpoint_of(tmp_path / "r")
@@ -271,7 +269,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(whole, tmp_path, monkeypatc
 def test_ctrl_c_says_how_to_go_on_and_that_command_goes_on(few, whole, tmp_path, monkeypatch):
     """In the middle of the second epoch: a part of it is lost, and the log has no line twice."""
     half, read = tmp_path / "half", data.Tiles.__getitem__
-    epoch = checkpoint_of(whole)["iteration"] // 3 * 16  # tiles of both steps
+    epoch = checkpoint_of(whole)["iteration"] // 3 * 8  # tiles of step 1
     press = after(epoch + 30, read, lambda: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr(data.Tiles, "__getitem__", press)
     argv = ["--data", few, "--out", half, *TINY, "--epochs", 3]
