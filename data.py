@@ -71,12 +71,11 @@ def warn(message, names=None):
 
 def progress(items, what, total=None):
     """Yield from `items` with a line of rate and time left on a terminal; quiet elsewhere."""
-    total, start, shown = len(items) if total is None else total, time.time(), 0.0
+    total, start = len(items) if total is None else total, time.time()
     for n, item in enumerate(items, 1):
         yield item
-        now = time.time()
-        if sys.stderr.isatty() and (now - shown > 0.2 or n == total):
-            shown, rate = now, n / (now - start + 1e-9)
+        if sys.stderr.isatty():
+            rate = n / (time.time() - start + 1e-9)
             line = f"\r{what} {n}/{total}  {rate:.1f}/s  {(total - n) / rate:.0f} s left \033[K"
             print(line, end="\n" if n == total else "", file=sys.stderr, flush=True)
 

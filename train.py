@@ -82,6 +82,8 @@ def parse_args(argv=None):
             parser.error(f"{args.resume} has another --width or version; start a new run")
     scale = PAPER if args.data else DEMO
     vars(args).update({name: scale[name] for name in scale if getattr(args, name) is None})
+    # Deviation: the paper gives no length of pre-training; here a tenth of the epochs, because less
+    # was no clear gain.
     if args.pretrain_epochs is None:
         args.pretrain_epochs = min(max(1, args.epochs // 10), args.epochs - 1)
     args.out = args.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
@@ -173,10 +175,8 @@ def main(argv=None):
     mask_batches = batches(mask_rows, 11, first, total)
     label_batches = batches(label_rows, 12, max(first, pretrain), total)
     sums, start = Counter(), time.time()
-    model.train()
     for n in data.progress(range(first, total), "training"):
-        # Deviation: the paper gives one learning rate; here it falls linearly to 0, because the
-        # last weights are scored.
+        # Deviation: the paper has one learning rate; here it falls to 0, because the end is scored.
         adam.param_groups[0]["lr"] = args.lr * (1 - n / total)
 
         # Step 1, Fig. 4: masks teach encoder, PSP and decoder; no gradient for the head.
