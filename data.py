@@ -393,7 +393,8 @@ def normal_slides(files):
 def match_annotations(slides, files):
     """{slide: XML of its stem}: the one beside it, else one that lies beside no such slide.
 
-    DataError, naming all, where an XML may be of two slides, or two of one.
+    Names those that another is preferred to. DataError, naming all, where an XML may be of two
+    slides, or two of one.
     """
     xmls, owner = [f for f in files if f.suffix.lower() == ".xml"], {}
     homes = {(f.parent, f.stem.lower()) for f in slides}
@@ -406,6 +407,8 @@ def match_annotations(slides, files):
             several = ", ".join(map(str, [slide, *several]))
             raise DataError(f"{several}: which belongs to which? put each XML by its slide")
         owner |= dict.fromkeys(near, slide)
+    unused = [str(f) for f in xmls if f not in owner and f.stem.lower() in {s for _, s in homes}]
+    warn("XML are not read, another lies beside the slide of that name", unused)
     return {slide: xml for xml, slide in owner.items()}
 
 

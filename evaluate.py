@@ -104,7 +104,8 @@ def headline(results):
     names |= {"dsc_cancer_tiles": "DSC of cancer tiles", "dsc_mean_of_slides": "mean of slides"}
     said = {key: "null" if results[key] is None else f"{results[key]:.4f}" for key in names}
     said = [f"{names[key]} {value}" for key, value in said.items()]
-    return "  ".join([*said, f"false positives {results['false_positive_px_per_slide']:.0f} px"])
+    false = results["false_positive_px_per_slide"]
+    return "  ".join([*said, f"false positives {false:.0f} px per slide"])
 
 
 def draw_outline(image, mask, colour):

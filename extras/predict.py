@@ -78,7 +78,7 @@ def write_picture(path, slide, polygons):
     view.thumbnail((PICTURE, PICTURE))
     pen, scale = ImageDraw.Draw(view), view.width / slide.levels[0].width
     for xy, _ in polygons:
-        pen.polygon((xy * scale).ravel().tolist(), outline=(0, 220, 0))
+        pen.polygon((xy * scale).ravel().tolist(), outline=(255, 230, 0), width=2)
     view.save(path)
 
 

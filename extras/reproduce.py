@@ -1,6 +1,6 @@
 """Run and write every table and figure of the paper, published beside measured.
 
-    python -m extras.reproduce all --list           # the runs of each name, those missing
+    python -m extras.reproduce all --list           # how many runs each has, how many are missing
     python -m extras.reproduce table4 strip --data CAMELYON16 --fractions .01 .1 1 --jobs 2
 
 Names come first; flags that are not known here go to train.py, for all runs. A finished run is a
@@ -173,7 +173,7 @@ def parse_args(argv=None):
     add("--seeds", type=int, default=3, choices=range(1, 11), help="0, 1, ... (3)")
     add("--fractions", type=float, nargs="+", help="shares of masks, in place of the paper's")
     add("--jobs", type=int, default=1, help="runs at a time; 0 writes what runs.csv has (1)")
-    add("--list", action="store_true", help="print the runs of each name, and run nothing")
+    add("--list", action="store_true", help="print how many runs each name has, and run nothing")
     args, args.rest = parser.parse_known_args(argv)
     args.common, plain = train.parse_args(args.rest)[0], train.parse_args([])[0]
     own = [*VARIED, "resume"]

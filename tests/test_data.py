@@ -390,7 +390,10 @@ def test_an_xml_belongs_to_the_slide_beside_it(tmp_path, capsys):
     touch(tmp_path, "a/HE_0.tif", "a/HE_0.XML", "b/HE_0.tif", "b/y.tif", "b/Y.xml", "old/y.xml")
     xmls = {name: xml for name, (xml, _) in found(tmp_path).items()}
     assert xmls == {"a/HE_0.tif": "a/HE_0.XML", "b/y.tif": "b/Y.xml"}
-    assert "b/HE_0.tif" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "b/HE_0.tif" in said
+    # A correction saved elsewhere than beside the slide was passed over in silence.
+    assert "1 XML are not read" in said and str(tmp_path / "old/y.xml") in said
 
 
 @pytest.mark.parametrize(

@@ -266,11 +266,11 @@ def test_the_picture_shows_the_slide_and_its_outlines(predicted):
     xml = max(predicted.glob("*.xml"), key=lambda path: path.stat().st_size)
     picture = np.asarray(Image.open(predicted / f"{xml.stem.removesuffix('_pred')}.png"))
     assert picture.shape == (768, 768, 3)
-    green = (picture == (0, 220, 0)).all(2)
-    assert 100 < green.sum() < 30000
+    yellow = (picture == (255, 230, 0)).all(2)
+    assert 100 < yellow.sum() < 60000
     (xy, _), *_ = data.read_annotation(xml).polygons
     x, y = xy.clip(2, 765).astype(int).T
-    assert green[y, x].mean() > 0.5
+    assert yellow[y, x].mean() > 0.5
 
 
 def test_workers_change_nothing(run, slides, predicted, tmp_path):
