@@ -76,9 +76,9 @@ def summarise(tiles, rows, counts, classes=True):
     # its IoU = DSC / (2 - DSC), within .002 in all rows but one, which means over tiles have not.
     table, label = tiles.table[rows], tiles.table["label"][rows]
 
-    def figures(of):
-        dsc, iou = dsc_iou(counts[of])
-        known = of & (label != data.AMBIGUOUS)
+    def figures(chosen):
+        dsc, iou = dsc_iou(counts[chosen])
+        known = chosen & (label != data.AMBIGUOUS)
         accuracy = (counts[known, 3] == label[known]).mean() if classes and known.any() else None
         return {"dsc": dsc, "iou": iou, "accuracy": accuracy}
 

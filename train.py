@@ -172,7 +172,7 @@ def main(argv=None):
         keys = data.batches(rows, args.batch_size, (args.seed, stream), *numbers)
         return data.load(tiles, keys, device, args.workers)
 
-    mask_batches = batches(mask_rows, 11, first, total)
+    mask_batches = batches(mask_rows, 11, first, total)  # 11, 12, 13: streams of random numbers
     label_batches = batches(label_rows, 12, max(first, pretrain), total)
     sums, start = Counter(), time.time()
     for n in data.progress(range(first, total), "training"):
@@ -215,7 +215,7 @@ def main(argv=None):
     rows = label_rows if args.self_train else mask_rows
     with autocast:
         update_bn(batches(rows, 13, 0, math.ceil(len(rows) / args.batch_size)), model)
-    save(last, model, adam, max(first, total), key, args)
+    save(last, model, adam, max(first, total), key, args)  # first: resumed with fewer --epochs
     rows = np.flatnonzero(~tiles.table["train"])
     counts = evaluate.count(model, tiles, rows, args)
     results = evaluate.summarise(tiles, rows, counts, args.image_frac > 0)
