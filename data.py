@@ -27,8 +27,7 @@ import tifffile
 import torch
 from PIL import Image
 
-# Deviation: the paper names CAMELYON17; here CAMELYON16 is meant and both are read, because only
-# 16 has 110 tumour slides of two hospitals.
+# Deviation: the paper names CAMELYON17; here it is 16, because only 16 has 110 tumour slides.
 GROUPS = dict.fromkeys(("_0", "_1", "tumor", "metastases"), True)  # of CAMELYON16, 16's test, 17
 GROUPS |= dict.fromkeys(("_2", "exclusion", "normal"), False)  # cleared from those
 AREAS = {"Polygon", "Spline", "Rectangle"}  # not Dot, PointSet, None (a ruler)
@@ -420,7 +419,7 @@ def patient(source):
 def seeded_split(sources, seed):
     """Section 2.2: hold out 20 of 110 patients, of those with tumour and of those without."""
     # Deviation: the paper does not name its 20 test slides; here the folders train* and test*, else
-    # 20 in 110 patients, because CAMELYON16 ships a split and slides of one patient are alike.
+    # 20 in 110 patients, because slides of one patient are alike.
     tumour = {patient(s) for s in sources if s.xml}
     test, rng = set(), np.random.default_rng((seed, 0))
     for patients in (tumour, {patient(s) for s in sources} - tumour):
@@ -446,8 +445,7 @@ class Tiles(torch.utils.data.Dataset):
         down = self.slides[n].levels[level].downsample
         box = x // down, y // down, self.side, self.side
         image, mask = self.slides[n].read(level, *box), self.annotations[n].mask(*box, down)
-        # Deviation: the paper names no augmentation; here flips and quarter turns, because tissue
-        # has no up or down.
+        # Deviation: the paper has no augmentation; here flips and turns, because tissue has no up.
         image, mask = (np.rot90(a[:, ::-1] if turn % 2 else a, turn // 2) for a in (image, mask))
         image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         return image, torch.from_numpy(np.ascontiguousarray(mask)), label
@@ -494,8 +492,7 @@ def choose_labels(tiles, pixel_frac, image_frac, label_unit="tile", seed=0):
         found = f"{len(cancer)} cancer, {len(normal)} normal tiles of {tiles.side} px to train on"
         cure = "training needs both, testing cancer: change --tile, --mpp, --level or --data"
         raise DataError(f"{found}; {cure}")
-    # Deviation: the paper does not say which normal tiles it takes; here as many as cancer ones,
-    # because tumour is rare.
+    # Deviation: the paper omits which normal tiles; here as many as cancer, because tumour is rare.
     normal = np.random.default_rng((seed, 1)).permutation(normal)[: len(cancer)]
     pool = np.sort(np.r_[np.flatnonzero(train & (label != NORMAL)), normal])
     # Deviation: the paper's 0 % row scores .596 from nothing; here 0 % keeps the mask of one tile

@@ -27,8 +27,7 @@ def log_p(logits, target):
 
 def weighted_mean(w, logp, target):
     """-mean of w log p over target >= 0; 0 where nothing is labelled."""
-    # Deviation: the paper has +sum w log p in Eq (1); here -mean, because a loss is minimised and
-    # should not grow with the tile.
+    # Deviation: the paper has +sum w log p in Eq (1); here -mean, because a loss is minimised.
     labelled = target >= 0
     return -torch.where(labelled, w * logp, 0.0).sum() / labelled.sum().clamp(min=1)
 
@@ -46,8 +45,7 @@ def fw(logits, target, weights):
 
 def fw_weights(frequency):
     """Class weights from the share of each class in the training labels, rare ones heavier."""
-    # Deviation: the paper cites generalized CE [29] for FW; here Y-Net's [5] weights, because those
-    # of [29] are not fixed.
+    # Deviation: the paper cites [29] for FW; here the weights of [5], because [29]'s are not fixed.
     return [1 / math.log(1.10 + f) for f in frequency]
 
 

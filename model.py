@@ -73,8 +73,7 @@ class Network(nn.Module):
         super().__init__()
         if width < 4 or width % 4:
             raise ValueError(f"width is {width}; a multiple of 4, 4 or more, is needed")
-        # Deviation: the paper gives no widths; here C0 = 32, doubled at each scale, because U-Nets
-        # do so.
+        # Deviation: the paper gives no widths; here C0 = 32, then doubled, because U-Nets do so.
         c0, c1, c2, c3 = c = [width * 2**k for k in range(4)]
         self.convs = nn.ModuleList(conv_bn_relu(i, o, 3) for i, o in zip([3, c0, c1, c2], c))
         self.esps = nn.ModuleList(ESP(i) for i in c)

@@ -36,8 +36,10 @@ def test_the_list_of_deviations_is_that_of_the_code():
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
 def test_files_and_flags_of_the_texts_exist(path):
     text = path.read_text()
-    for name in re.findall(r"`((?:extras/|docs/|tests/)[\w./]+)`|\]\(([\w./]+)\)", text):
-        assert (ROOT / (name[0] or name[1])).exists(), name
+    for name in re.findall(r"`((?:extras/|docs/|tests/)[\w./]+)`", text):
+        assert (ROOT / name).exists(), name
+    for link in re.findall(r"\]\(([\w./]+)\)", text):
+        assert (path.parent / link).exists(), link
     for script, argv in re.findall(r"python (?:-m )?([\w./]+)((?: .*)?)$", text, re.M):
         if script in ("pytest", "pip"):
             continue
@@ -49,8 +51,8 @@ def test_files_and_flags_of_the_texts_exist(path):
             assert f'"{flag}"' in code, (script, flag)
 
 
-def test_names_of_a_run_in_the_readme_are_those_of_its_files(run):
-    text = (ROOT / "README.md").read_text()
+def test_names_of_a_run_in_the_docs_are_those_of_its_files(run):
+    text = (ROOT / "docs/files.md").read_text()
     rows = dict(re.findall(r"^\| `([\w./]+)` \| (.*) \|$", text, re.M))
     results = json.loads((run[0] / "results.json").read_text())
     line = json.loads((run[0] / "log.jsonl").read_text().splitlines()[-1])
