@@ -492,7 +492,7 @@ def choose_labels(tiles, pixel_frac, image_frac, label_unit="tile", seed=0):
         found = f"{len(cancer)} cancer, {len(normal)} normal tiles of {tiles.side} px to train on"
         cure = "training needs both, testing cancer: change --tile, --mpp, --level or --data"
         raise DataError(f"{found}; {cure}")
-    # Deviation: the paper omits which normal tiles; here as many as cancer, because tumour is rare.
+    # Deviation: the paper counts no normal tiles; here as many as cancer, because tumour is rare.
     normal = np.random.default_rng((seed, 1)).permutation(normal)[: len(cancer)]
     pool = np.sort(np.r_[np.flatnonzero(train & (label != NORMAL)), normal])
     # Deviation: the paper's 0 % row scores .596 from nothing; here 0 % keeps the mask of one tile

@@ -157,6 +157,7 @@ def main(argv=None):
             raise data.DataError(f"{args.resume}: slides or labels have changed; put them back")
         model.load_state_dict(checkpoint["model"])
         adam.load_state_dict(checkpoint["optimizer"])
+        print(f"going on after epoch {first // per_epoch} of {args.epochs}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     data.write_tiles(out / "tiles.csv", tiles, mask_rows, label_rows)
     log.write_text("".join(log.read_text().splitlines(True)[: first // per_epoch] if first else []))
