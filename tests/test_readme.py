@@ -14,9 +14,9 @@ TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def deviations(path):
-    """The first sentence of every `# Deviation:` comment of a file."""
+    """The first sentence of every deviation's comment in a file."""
     found, text = [], path.read_text()
-    for comment in re.findall(r"^ *# Deviation: (.*\n(?: *# .*\n)*)", text, re.M):
+    for comment in re.findall(r"^ *# Deviation[:] (.*\n(?: *# .*\n)*)", text, re.M):
         words = " ".join(re.sub(r"^ *# ", "", line) for line in comment.splitlines())
         found.append(re.split(r"\.(?: |$)", words)[0] + ".")
     return found
