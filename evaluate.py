@@ -73,7 +73,7 @@ def summarise(tiles, rows, counts, classes=True):
     `classes` is False where no image label trained the classification head.
     """
     # Deviation: the paper does not say how it averages; here pooled over all test tiles, because
-    # its IoU = DSC / (2 - DSC) holds for pooled counts, not for means over tiles.
+    # its IoU = DSC / (2 - DSC) holds for pooled counts alone.
     table, label = tiles.table[rows], tiles.table["label"][rows]
 
     def figures(chosen):

@@ -211,7 +211,7 @@ def main(argv=None):
             sums, start = Counter(), time.time()
 
     # Deviation: the paper does not say what BN's statistics are; here they are estimated anew on
-    # the decoder's training tiles, because running means of small batches are far off.
+    # the decoder's tiles, because running means of small batches are far off.
     rows = label_rows if args.self_train else mask_rows
     with autocast:
         update_bn(batches(rows, 13, 0, math.ceil(len(rows) / args.batch_size)), model)

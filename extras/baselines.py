@@ -141,8 +141,8 @@ def multitask(args, model, tiles, mask_rows, label_rows, total, pretrain):
 
 def mil(args, model, tiles, mask_rows, label_rows, total, pretrain):
     """Train [18]: masks averaged to the cells, and bags of cells, in turn."""
-    # Deviation: the paper's [18] has bags of tiles and no masks; here a bag is the cells of one
-    # tile's logit map and masks averaged to them teach too, because labels are of tiles.
+    # Deviation: the paper's [18] has bags of tiles, no masks; here a bag is the cells of one tile
+    # and masks averaged to them teach too, because labels are of tiles.
     adam = torch.optim.Adam(model.parameters())
     bags = batches(args, tiles, label_rows, 12, pretrain, total)
     for n, (images, masks, _) in enumerate(descend(args, adam, tiles, mask_rows, 11, total)):
@@ -185,7 +185,7 @@ METHODS = {"transfer": transfer, "multitask": multitask, "mil": mil}
 def network(method, width):
     """The untrained network of a method."""
     # Deviation: the paper's [30] starts from ImageNet weights; here all methods start untrained,
-    # because no weights are downloaded and none has an advantage.
+    # because no weights are downloaded.
     return Network(width) if method == "transfer" else ResNet(method)
 
 
