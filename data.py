@@ -523,16 +523,14 @@ def nested(table, rows, unit, fraction, seed):
 
 
 def describe(tiles, mask_rows, label_rows):
-    """Lines to print, one per split: its slides, tiles, labels."""
+    """Lines to print: slides and tiles of each split, what training may use."""
     for split in ("train", "test"):
         rows = np.flatnonzero(tiles.table["train"] == (split == "train"))
         slides = len(np.unique(tiles.table["slide"][rows]))
         kinds = [(tiles.table["label"][rows] == kind).sum() for kind in (CANCER, NORMAL, AMBIGUOUS)]
-        masks, labels = (np.isin(rows, used).sum() for used in (mask_rows, label_rows))
-        yield (
-            f"{split}: {slides} slides; {len(rows)} tiles: {kinds[0]} cancer, {kinds[1]} normal, "
-            f"{kinds[2]} ambiguous; {masks} with masks, {labels} image labels"
-        )
+        found = f"{kinds[0]} cancer, {kinds[1]} normal, {kinds[2]} ambiguous"
+        yield f"{split}: {slides} slides; {len(rows)} tiles: {found}"
+    yield f"to learn from: the masks of {len(mask_rows)} tiles, the labels of {len(label_rows)}"
 
 
 def write_tiles(path, tiles, mask_rows, label_rows):

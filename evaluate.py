@@ -1,9 +1,10 @@
-"""Score a checkpoint: pooled DSC / IoU / accuracy (section 2.3), the mean per slide, pictures.
+"""Score a checkpoint: pooled DSC / IoU / accuracy (section 2.3), the mean per slide.
 
     python evaluate.py --ckpt runs/x/last.pt                # scores the test slides again
     python evaluate.py --ckpt runs/x/last.pt --data OTHER --split all       # on other slides
 
-Counts are integers over the whole split and are divided once, so batches do not matter.
+Counts are integers over the whole split and are divided once, so batches do not matter. train.py
+scores with it too, and has it draw the pictures of a run.
 """
 
 import argparse
