@@ -82,7 +82,7 @@ def parse_args(argv=None):
             parser.error(f"{args.resume} has another --width or version; start a new run")
     scale = PAPER if args.data else DEMO
     vars(args).update({name: scale[name] for name in scale if getattr(args, name) is None})
-    # Deviation: the paper gives no pre-training time; here a tenth, because none is no clear gain.
+    # Deviation: the paper gives no pre-training time; here a tenth, because 0 showed no clear gain.
     if args.pretrain_epochs is None:
         args.pretrain_epochs = min(max(1, args.epochs // 10), args.epochs - 1)
     args.out = args.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")

@@ -22,8 +22,8 @@ def blend(windows, tile, width, height):
     Where windows overlap, p is their mean, weighted with a pyramid that falls to 0 at the window's
     edge, so no seam is left. Where none was, it is 0.
     """
-    # Deviation: the paper predicts tiles; here windows of whole slides overlap, because it is
-    # worst at a tile's edge.
+    # Deviation: the paper predicts tiles; here windows of whole slides overlap, because a
+    # network is worst at a tile's edge.
     ramp = np.minimum(np.arange(tile) + 0.5, np.arange(tile, 0, -1) - 0.5).astype(np.float32)
     weight = np.outer(ramp, ramp)
     # Sums of weight * p and of weight: row y is held in row y % (SIDE + tile), until it is whole.
