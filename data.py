@@ -418,8 +418,9 @@ def patient(source):
 
 def seeded_split(sources, seed):
     """Section 2.2: hold out 20 of 110 patients, of those with tumour and of those without."""
-    # Deviation: the paper does not name its 20 test slides; here the folders train* and test*, else
-    # 20 in 110 patients, because slides of one patient are alike.
+    # Deviation: the paper trains on 90 tumour slides and tests on 20, unnamed; here normal slides
+    # are in both, split by the folders train* and test*, else 20 in 110 patients are held out,
+    # because most slides in use are normal.
     tumour = {patient(s) for s in sources if s.xml}
     test, rng = set(), np.random.default_rng((seed, 0))
     for patients in (tumour, {patient(s) for s in sources} - tumour):
@@ -495,7 +496,7 @@ def choose_labels(tiles, pixel_frac, image_frac, label_unit="tile", seed=0):
     # Deviation: the paper counts no normal tiles; here as many as cancer, because tumour is rare.
     normal = np.random.default_rng((seed, 1)).permutation(normal)[: len(cancer)]
     pool = np.sort(np.r_[np.flatnonzero(train & (label != NORMAL)), normal])
-    # Deviation: the paper's 0 % row scores .596 from nothing; here 0 % keeps the mask of one tile
+    # Deviation: the paper does not say what 0 % of the masks is; here it keeps the mask of one tile
     # of each class, because its [20] does. 0 % of image labels is none.
     masks = nested(tiles.table, pool, label_unit, pixel_frac, (seed, 2))
     labels = nested(tiles.table, pool[label[pool] != AMBIGUOUS], "tile", image_frac, (seed, 3))

@@ -17,6 +17,7 @@ from PIL import Image
 import data
 from model import Network
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 AS_WRITTEN = argparse.RawDescriptionHelpFormatter  # --help shows the docstring with its lines
 
 
@@ -32,9 +33,9 @@ def load_checkpoint(path):
 
 
 def load(path, **given):
-    """last.pt -> model and the run's arguments; those `given` that are not None win."""
+    """last.pt -> model, the run's arguments but its device; those `given` that are not None win."""
     checkpoint = load_checkpoint(path)
-    args = SimpleNamespace(**checkpoint["args"])
+    args = SimpleNamespace(**checkpoint["args"] | {"device": DEVICE})
     vars(args).update({name: value for name, value in given.items() if value is not None})
     model = Network(args.width).to(args.device)
     model.load_state_dict(checkpoint["model"])

@@ -56,7 +56,7 @@ def dwce(logits, target, beta=3.0, printed=False):
     predicted well count little, but are not lost. `printed`: Eq. (2) as it stands, in [1, 100].
     """
     # Deviation: the paper prints w = exp(+ln100 p^beta); here exp(-ln100 p^beta), detached, because
-    # its text has w in [0, 1], high at low p. With a gradient in w the loss could grow with p.
+    # its text has w in [0, 1], high at low p. With a gradient, w itself would be minimised.
     logp = log_p(logits, target)
     p = logp.detach().exp()
     w = torch.exp((1 if printed else -1) * math.log(100) * p**beta)

@@ -31,7 +31,7 @@ from model import Network
 
 # Deviation: the paper gives no tile size, resolution or epochs; here 512 px, 0.5 um/px and 50,
 # because comparable work is near these.
-PAPER = {"tile": 512, "mpp": 0.5, "width": 32, "lr": 1e-4, "epochs": 50}  # lr: section 2.1
+FULL = {"tile": 512, "mpp": 0.5, "width": 32, "lr": 1e-4, "epochs": 50}  # lr: section 2.1
 DEMO = {"tile": 128, "mpp": 1.0, "width": 16, "lr": 1e-3, "epochs": 8}  # without --data
 
 
@@ -45,12 +45,12 @@ def flags():
     add("--image-frac", type=float, default=1, help="with image labels, 0: S group (default 1)")
     add("--label-unit", choices=("tile", "slide"), default="tile", help="what has masks or not")
     add("--level", type=int, help="level to read where a file does not tell its um/px")
-    add = parser.add_argument_group("scale", f"with --data {PAPER}, without {DEMO}").add_argument
+    add = parser.add_argument_group("scale", f"with --data {FULL}, without {DEMO}").add_argument
     add("--tile", type=int, help="side of a tile in px, a multiple of 8")
     add("--mpp", type=float, help="um/px; the nearest level is read")
     add("--width", type=int, help="channels C0, a multiple of 4")
     add("--lr", type=float, help="Adam's, falling linearly to 0")
-    add("--epochs", type=int, help="each as many iterations as a pass over the tiles")
+    add("--epochs", type=int, help="each as many iterations as a pass over the pool")
     add = parser.add_argument_group("training and machine").add_argument
     add("--pretrain-epochs", type=int, help="of step 1 alone (default: a tenth, at least 1)")
     add("--seg-loss", **losses, help="loss of step 1 (default dwce)")
@@ -60,11 +60,11 @@ def flags():
     add("--self-train", type=float, default=0, help="extension: share of px to learn from (0: off)")
     add("--batch-size", type=int, default=8, help="tiles in each step (default 8)")
     add("--seed", type=int, default=0, help="of split, labels, weights, order (default 0)")
-    gpu = torch.cuda.is_available()
-    add("--device", default="cuda" if gpu else "cpu")
-    add("--workers", type=int, default=8 * gpu, help="processes that read tiles, for each step")
+    add("--device", default=evaluate.DEVICE)
+    add("--workers", type=int, default=8 * torch.cuda.is_available(), help="that read, per step")
     add("--amp", action="store_true", help="bfloat16 autocast; the losses stay float32")
-    add("--out", help="folder of this run (runs/<time>)")
+    run = time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
+    add("--out", default=run, help="folder of this run (runs/<time>)")
     add("--resume", help="last.pt of a run; go on with its arguments and folder")
     return parser
 
@@ -80,12 +80,11 @@ def parse_args(argv=None):
         args = parser.parse_args(argv)
         if args.width != old["width"] or "iteration" not in checkpoint:
             parser.error(f"{args.resume} has another --width or version; start a new run")
-    scale = PAPER if args.data else DEMO
+    scale = FULL if args.data else DEMO
     vars(args).update({name: scale[name] for name in scale if getattr(args, name) is None})
     # Deviation: the paper gives no pre-training time; here a tenth, because 0 showed no clear gain.
     if args.pretrain_epochs is None:
         args.pretrain_epochs = min(max(1, args.epochs // 10), args.epochs - 1)
-    args.out = args.out or time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
     if not all(0 <= f <= 1 for f in (args.pixel_frac, args.image_frac, args.self_train)):
         parser.error("--pixel-frac, --image-frac and --self-train are shares, 0 to 1")
     if args.self_train and not args.image_frac:
@@ -196,7 +195,8 @@ def main(argv=None):
                 maps = model.encode(images)
                 logits = model.classify(maps)  # (B, 2)
                 seg = model.decode(maps) if args.self_train else None
-            loss_cls = args.alpha * cls_loss(logits, labels)  # 2nd term of Eq. (3)
+            # Deviation: the paper adds its losses, Eq (3); here they alternate, because Fig 4 does.
+            loss_cls = args.alpha * cls_loss(logits, labels)
             if args.self_train:  # extension: the decoder learns from its surest pixels too
                 loss_cls += seg_loss(seg, loss.surest(seg, labels, args.self_train, share))
             update(adam, loss_cls)

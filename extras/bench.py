@@ -2,7 +2,7 @@
 
     pip install -r extras/requirements-bench.txt            # for reads
     python -m extras.bench reads
-    python -m extras.bench steps                            # at the paper's scale
+    python -m extras.bench steps                            # at full scale
     python -m extras.bench steps --width 16 --tile 128      # at the demo's
 
 Times are medians. Without OpenSlide or tiffslide their columns are left out.
@@ -116,8 +116,8 @@ def steps(width, tile, batch=8):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=evaluate.AS_WRITTEN)
     parser.add_argument("what", choices=("reads", "steps"))
-    parser.add_argument("--width", type=int, default=train.PAPER["width"])
-    parser.add_argument("--tile", type=int, default=train.PAPER["tile"])
+    parser.add_argument("--width", type=int, default=train.FULL["width"])
+    parser.add_argument("--tile", type=int, default=train.FULL["tile"])
     args = parser.parse_args(argv)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{where}, torch {torch.__version__}\n")

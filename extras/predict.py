@@ -62,7 +62,7 @@ def predict_windows(model, windows, places, args, scores):
 
 
 def outlines(probability, mpp, args):
-    """NAME_likelihood_map.tif -> rings, and how many of its px are one of theirs (--simplify)."""
+    """NAME_likelihood_map.tif -> rings, and the side of their pixels in px of it (--simplify)."""
     strips = pyramid.read_strips(probability)
     block = max(1, args.simplify)
     for _ in range(block.bit_length() - 1):
@@ -163,7 +163,7 @@ def main(argv=None):
     add("--level", type=int, help="level to read where a file does not tell its um/px")
     add("--overwrite", action="store_true", help="redo slides that are done")
     add("--workers", type=int, help="processes that read windows (as in training)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", help="cpu, cuda")
     parser.set_defaults(**DEFAULTS)
     given = parser.parse_args(argv)
     if not (0 <= given.overlap <= 0.9 and 0 < given.threshold <= 1 and given.min_area >= 0):

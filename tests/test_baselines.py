@@ -120,7 +120,7 @@ def test_the_learning_rate_of_mil_is_five_times_the_default(few, tmp_path, monke
     for method, factor in (("mil", 5), ("multitask", 1)):
         monkeypatch.setitem(baselines.METHODS, method, tell)
         for flags in ([], ["--lr", "0.1"], ["--lr=0.1"]):
-            lr = 0.1 if flags else train.PAPER["lr"] * factor
+            lr = 0.1 if flags else train.FULL["lr"] * factor
             assert one_line_of(*call(baselines.main, method, *scale, *flags)) == f"error: {lr:g}"
 
 

@@ -402,6 +402,14 @@ def test_evaluate_repeats_the_figures_of_training_exactly(run):
     assert headline in out.splitlines()
 
 
+def test_the_device_is_the_machines_not_that_of_training(run, tmp_path):
+    """A checkpoint from a GPU could not be scored on a laptop without --device cpu."""
+    checkpoint = checkpoint_of(run[0])
+    checkpoint["args"]["device"] = "mps"
+    torch.save(checkpoint, tmp_path / "last.pt")
+    assert evaluate.load(tmp_path / "last.pt")[1].device == evaluate.DEVICE
+
+
 def test_counts_are_those_of_a_loop_over_pixels_whatever_the_batch(run, slides):
     """Dice averaged over batches gives .35 where the pooled one is .71."""
     tiles, rows, args = test_tiles(slides)
