@@ -71,7 +71,7 @@ def by_name(name, beta, share):
 
 
 def surest(logits, labels, known, share):
-    """Targets for tiles that have an image-level label alone; an extension, not the paper's.
+    """Targets for tiles by their image-level label alone; an extension, not the paper's.
 
     logits (B, 2, H, W), labels (B,) -> (B, H, W): 0 on normal tiles; on cancer tiles 1 for the
     fraction known * share of pixels with the highest p(tumour), 0 for known * (1 - share) with
