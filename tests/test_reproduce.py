@@ -228,7 +228,7 @@ def test_tables_need_the_rows_alone_and_pictures_the_checkpoints(started, slides
 def test_the_rows_of_the_docs_give_the_tables_of_the_docs(tmp_path):
     docs, out = Path(reproduce.__file__).parents[1] / "docs", ""
     text = (docs / "results.md").read_text()
-    commands = re.findall(r"^python -m extras.reproduce (table.*) --out (\w+)", text, re.M)
+    commands = re.findall(r"^python -m extras.reproduce (\w.*) --out (\w+)", text, re.M)
     for argv, folder in commands:
         (rows,) = re.findall(rf"cp docs/(\w+.csv) {folder}/runs.csv", text)
         (tmp_path / folder).mkdir(exist_ok=True)
