@@ -142,7 +142,7 @@ def main(argv=None):
     add("--data", help="folder of slides")
     add("--split", choices=("test", "train", "all"), default="test")
     add("--level", type=int, help="level to read where a file does not tell its um/px")
-    add("--device", help="cpu, cuda")
+    add("--device", help="cpu, cuda (default: what this machine has)")
     add("--workers", type=int, help="processes that read tiles")
     given = parser.parse_args(argv)
     model, args = load(given.ckpt, **vars(given))

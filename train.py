@@ -61,7 +61,7 @@ def flags():
     add("--batch-size", type=int, default=8, help="tiles in each step (default 8)")
     add("--seed", type=int, default=0, help="of split, labels, weights, order (default 0)")
     add("--device", default=evaluate.DEVICE)
-    add("--workers", type=int, default=8 * torch.cuda.is_available(), help="that read, per step")
+    add("--workers", type=int, default=8 * torch.cuda.is_available(), help="readers for each step")
     add("--amp", action="store_true", help="bfloat16 autocast; the losses stay float32")
     run = time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
     add("--out", default=run, help="folder of this run (runs/<time>)")

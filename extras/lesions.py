@@ -81,7 +81,7 @@ def main(argv=None):
     add("--split", choices=("test", "train", "all"), default="test")
     add("--level", type=int, help="level to read where a file does not tell its um/px")
     add("--overwrite", action="store_true", help="predict slides anew that are done")
-    add("--device", help="cpu, cuda")
+    add("--device", help="cpu, cuda (default: what this machine has)")
     add("--workers", type=int, help="processes that read windows")
     given = parser.parse_args(argv)
     model, args = evaluate.load(given.ckpt, **predict.DEFAULTS | vars(given))

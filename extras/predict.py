@@ -163,7 +163,7 @@ def main(argv=None):
     add("--level", type=int, help="level to read where a file does not tell its um/px")
     add("--overwrite", action="store_true", help="redo slides that are done")
     add("--workers", type=int, help="processes that read windows (as in training)")
-    add("--device", help="cpu, cuda")
+    add("--device", help="cpu, cuda (default: what this machine has)")
     parser.set_defaults(**DEFAULTS)
     given = parser.parse_args(argv)
     if not (0 <= given.overlap <= 0.9 and 0 < given.threshold <= 1 and given.min_area >= 0):
