@@ -4,10 +4,13 @@
     python evaluate.py --ckpt runs/x/last.pt --data OTHER --split all       # on other slides
 
 Counts are integers over the whole split and are divided once, so batches do not matter. train.py
-scores with it too, and has it draw the pictures of a run.
+scores its test slides and draws its pictures with the same functions.
 """
 
 import argparse
+import json
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,9 +19,26 @@ from PIL import Image
 
 import data
 from model import Network
+from slide import DataError
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+# Not of a run but of the machine: a run of a GPU is resumed and scored on a laptop too.
+MACHINE = {"device": DEVICES[0], "workers": 8 if DEVICES[0] == "cuda" else 0}
 AS_WRITTEN = argparse.RawDescriptionHelpFormatter  # --help shows the docstring with its lines
+
+
+def find_tiles(args, split="all"):
+    """Tissue tiles of --data (default: drawn slides), at --tile, --mpp, --level -> Tiles."""
+    folder = args.data
+    if folder is None:
+        from extras import synthetic  # the only import of extras/ in these six files
+
+        folder = synthetic.cached()
+    sources = data.find_slides(folder, args.seed)
+    sources = [source for source in sources if split in ("all", source.split)]
+    if not sources:
+        raise DataError(f"{folder}: no slide in --split {split}; try --split all")
+    return data.tile_slides(sources, args.tile, args.mpp, args.level)
 
 
 def load_checkpoint(path):
@@ -27,16 +47,16 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         Network(checkpoint["args"]["width"]).load_state_dict(checkpoint["model"])
     except Exception as error:  # torch raises many types on files that are not its own
-        said = f"no checkpoint of train.py ({type(error).__name__})"
-        raise data.DataError(f"{path}: {said}; give its last.pt") from None
+        finding = f"not a checkpoint of train.py ({type(error).__name__})"
+        raise DataError(f"{path}: {finding}; give the last.pt of a run") from None
     return checkpoint
 
 
-def load(path, **given):
-    """last.pt -> model, the run's arguments but its device; those `given` that are not None win."""
+def load_model(path, **override):
+    """last.pt -> model, the run's arguments; keyword arguments that are not None override these."""
     checkpoint = load_checkpoint(path)
-    args = SimpleNamespace(**checkpoint["args"] | {"device": DEVICE})
-    vars(args).update({name: value for name, value in given.items() if value is not None})
+    args = SimpleNamespace(**checkpoint["args"] | MACHINE)
+    vars(args).update({name: value for name, value in override.items() if value is not None})
     model = Network(args.width).to(args.device)
     model.load_state_dict(checkpoint["model"])
     return model.eval(), args
@@ -54,11 +74,11 @@ def count(model, tiles, rows, args):
     model.eval()
     keys, counts = [(row, 0) for row in rows.tolist()], []  # turn 0: as it is
     keys = [keys[n : n + args.batch_size] for n in range(0, len(keys), args.batch_size)]
-    batches = data.load(tiles, keys, torch.device(args.device), args.workers)
+    batches = data.load_batches(tiles, keys, torch.device(args.device), args.workers)
     for images, masks, _ in data.progress(batches, "evaluating", len(keys)):
-        found, cancer = (p > 0.5 for p in predict(model, images, args.amp))
+        tumour, cancer = (p > 0.5 for p in predict(model, images, args.amp))
         truth = masks == 1
-        pixels = [n.sum((1, 2)) for n in (found & truth, found & ~truth, ~found & truth)]
+        pixels = [n.sum((1, 2)) for n in (tumour & truth, tumour & ~truth, ~tumour & truth)]
         counts.append(torch.stack([*pixels, cancer.long()], 1).cpu())
     return torch.cat(counts).numpy()
 
@@ -104,10 +124,21 @@ def headline(results):
     """The figures that matter, in one line; null where there is nothing to score."""
     names = {"dsc": "DSC", "iou": "IoU", "accuracy": "accuracy"}
     names |= {"dsc_cancer_tiles": "DSC of cancer tiles", "dsc_mean_of_slides": "mean of slides"}
-    said = {key: "null" if results[key] is None else f"{results[key]:.4f}" for key in names}
-    said = [f"{names[key]} {value}" for key, value in said.items()]
+    figures = {key: "null" if results[key] is None else f"{results[key]:.4f}" for key in names}
+    figures = [f"{names[key]} {figure}" for key, figure in figures.items()]
     false = results["false_positive_px_per_slide"]
-    return "  ".join([*said, f"false positives {false:.0f} px per slide"])
+    return "  ".join([*figures, f"false positives {false:.0f} px per slide"])
+
+
+def write_results(out, model, tiles, args, began, classes=True):
+    """Score the test tiles at the end of a run: results.json, pictures/, a line on the screen."""
+    rows = np.flatnonzero(~tiles.table["train"])
+    counts = count(model, tiles, rows, args)
+    results = summarise(tiles, rows, counts, classes)
+    results |= {"arguments": vars(args), "seconds": time.time() - began, "torch": torch.__version__}
+    Path(out, "results.json").write_text(json.dumps(results, indent=1))
+    write_pictures(Path(out, "pictures"), model, tiles, rows, counts, args)
+    print(headline(results))
 
 
 def draw_outline(image, mask, colour):
@@ -127,10 +158,10 @@ def write_pictures(folder, model, tiles, rows, counts, args, each=4):
         lines = []
         for row in rows[cancer][order[max(start, 0) :][:each]].tolist():
             image, mask, _ = tiles[row, 0]
-            found = predict(model, image[None].to(args.device), args.amp)[0][0].cpu() > 0.5
+            tumour = predict(model, image[None].to(args.device), args.amp)[0][0].cpu() > 0.5
             image = image.permute(1, 2, 0).numpy()
             truth = draw_outline(image, mask, (0, 200, 0))
-            panels = image, truth, draw_outline(image, found, (255, 230, 0))
+            panels = image, truth, draw_outline(image, tumour, (255, 230, 0))
             lines.append(np.concatenate([np.pad(p, ((4, 4), (4, 4), (0, 0))) for p in panels], 1))
         Image.fromarray(np.concatenate(lines)).save(folder / f"{name}.png")
 
@@ -138,20 +169,18 @@ def write_pictures(folder, model, tiles, rows, counts, args, each=4):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=AS_WRITTEN)
     add = parser.add_argument
-    add("--ckpt", required=True, help="last.pt of a run; other options default to that run's")
+    add("--ckpt", required=True, help="last.pt of a run; other options default to the run's")
     add("--data", help="folder of slides")
     add("--split", choices=("test", "train", "all"), default="test")
-    add("--level", type=int, help="level to read where a file does not tell its um/px")
-    add("--device", help="cpu, cuda (default: what this machine has)")
-    add("--workers", type=int, help="processes that read tiles")
-    given = parser.parse_args(argv)
-    model, args = load(given.ckpt, **vars(given))
-    sources = data.find_slides(args.data, args.seed)
-    tiles = data.tile_slides(sources, args.tile, args.mpp, args.level)
-    train = tiles.table["train"]
-    rows = np.flatnonzero({"test": ~train, "train": train, "all": train | ~train}[args.split])
+    add("--level", type=int, help="level to read where a file has no resolution (um/px)")
+    add("--device", choices=DEVICES, help="default: the GPU if there is one")
+    add("--workers", type=int, help="processes that read tiles (default: 8 with a GPU, else 0)")
+    options = parser.parse_args(argv)
+    model, args = load_model(options.ckpt, **vars(options))
+    tiles = find_tiles(args, args.split)
+    rows = np.arange(len(tiles.table))
     if not len(rows):
-        raise data.DataError(f"{args.data}: no tissue in --split {args.split}; try --split all")
+        raise DataError(f"{args.data}: no tissue in --split {args.split}; try --split all")
     counts = count(model, tiles, rows, args)
     print(headline(summarise(tiles, rows, counts, classes=args.image_frac > 0)))
 

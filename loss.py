@@ -63,22 +63,25 @@ def dwce(logits, target, beta=3.0, printed=False):
     return weighted_mean(w, logp, target)
 
 
-def by_name(name, beta, share):
-    """A loss -> f(logits, target); `share` of class 1 among the labels is for FW alone."""
-    if name == "fw":
-        return partial(fw, weights=fw_weights((1 - share, share)))
+def by_name(name, beta, frequency, device="cpu"):
+    """A loss -> f(logits, target); `frequency` of class 1 among the labels is for FW alone."""
+    if name == "fw":  # the weights are put on the device once, not at every call
+        weights = torch.tensor(fw_weights((1 - frequency, frequency)), device=device)
+        return partial(fw, weights=weights)
     return partial(dwce, beta=beta) if name == "dwce" else ce
 
 
-def surest(logits, labels, known, share):
-    """Targets for tiles by their image-level label alone; an extension, not the paper's.
+def pseudo_masks(logits, labels, keep, tumour_share):
+    """Masks for tiles by their image-level label alone; an extension, not the paper's.
 
-    logits (B, 2, H, W), labels (B,) -> (B, H, W): 0 on normal tiles; on cancer tiles 1 for the
-    fraction known * share of pixels with the highest p(tumour), 0 for known * (1 - share) with
-    the lowest, else -1.
+    logits (B, 2, H, W), labels (B,) -> (B, H, W): 0 on normal tiles. On cancer tiles 1 for the
+    fraction keep * tumour_share of the pixels with the highest p(tumour), 0 for the fraction
+    keep * (1 - tumour_share) with the lowest, else -1.
     """
     p = logits.detach().float().softmax(1)[:, 1]
-    ends = p.new_tensor([known * (1 - share), 1 - known * share])
+    # Filled where p is: a tensor made from a list would be copied to a GPU at every call.
+    ends = keep * (1 - tumour_share), 1 - keep * tumour_share
+    ends = torch.stack([p.new_full((), end) for end in ends])
     low, high = p.flatten(1).quantile(ends, 1)[..., None, None]  # (B, 1, 1) each
     target = torch.where(p >= high, 1, torch.where(p > low, -1, 0))
     return target * (labels == 1)[:, None, None]

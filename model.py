@@ -58,7 +58,9 @@ class PSP(nn.Module):
 
     def forward(self, x):  # (B, C, H, W)
         views = [conv(F.adaptive_avg_pool2d(x, bins)) for bins, conv in zip(BINS, self.convs)]
-        views = [F.interpolate(view, x.shape[2:], mode="bilinear") for view in views]
+        # In float32: a GPU sums a bin's gradient, over up to H x W pixels, in the type of the map,
+        # and in bfloat16 (--amp) most of such a sum is lost.
+        views = [F.interpolate(v.float(), x.shape[2:], mode="bilinear").to(v.dtype) for v in views]
         return torch.cat([x, *views], 1)  # (B, 2C, H, W)
 
 

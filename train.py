@@ -3,24 +3,22 @@
     python train.py --pixel-frac 0.1                        # synthetic slides, no data needed
     python train.py --data CAMELYON16 --pixel-frac 0.1      # S+C, the paper's headline row
     python train.py --data CAMELYON16 --pixel-frac 0.1 --image-frac 0       # S, no image labels
-    python train.py --resume runs/x/last.pt                 # go on from its last whole epoch
+    python train.py --resume runs/x/last.pt                 # from its last whole epoch
 
 Sections 1.2 and 1.4, Figs. 2 and 4: pre-train with step 1 alone, then alternate. Writes to --out:
 last.pt (checkpoint), log.jsonl (a line per epoch), tiles.csv, results.json, pictures/.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
 import signal
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.optim.swa_utils import update_bn
 
@@ -28,6 +26,7 @@ import data
 import evaluate
 import loss
 from model import Network
+from slide import DataError
 
 # Deviation: the paper gives no tile size, resolution or epochs; here 512 px, 0.5 um/px and 50,
 # because comparable work is near these.
@@ -41,10 +40,10 @@ def flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=evaluate.AS_WRITTEN)
     add = parser.add_argument_group("slides and labels").add_argument
     add("--data", help="folder of slides and ASAP XML, at any depth (default: synthetic slides)")
-    add("--pixel-frac", type=float, default=0.1, help="share of tiles with masks (default 0.1)")
+    add("--pixel-frac", type=float, default=0.1, help="fraction of tiles with masks (default 0.1)")
     add("--image-frac", type=float, default=1, help="with image labels, 0: S group (default 1)")
     add("--label-unit", choices=("tile", "slide"), default="tile", help="what has masks or not")
-    add("--level", type=int, help="level to read where a file does not tell its um/px")
+    add("--level", type=int, help="level to read where a file has no resolution (um/px)")
     add = parser.add_argument_group("scale", f"with --data {FULL}, without {DEMO}").add_argument
     add("--tile", type=int, help="side of a tile in px, a multiple of 8")
     add("--mpp", type=float, help="um/px; the nearest level is read")
@@ -52,20 +51,22 @@ def flags():
     add("--lr", type=float, help="Adam's, falling linearly to 0")
     add("--epochs", type=int, help="each as many iterations as a pass over the pool")
     add = parser.add_argument_group("training and machine").add_argument
-    add("--pretrain-epochs", type=int, help="of step 1 alone (default: a tenth, at least 1)")
+    add("--pretrain", choices=("masks", "labels"), default="masks", help="runs alone first")
+    add("--pretrain-epochs", type=int, help="of that (default: masks a tenth, labels a third)")
     add("--seg-loss", **losses, help="loss of step 1 (default dwce)")
     add("--cls-loss", **losses, help="loss of step 2 (default dwce)")
     add("--alpha", type=float, default=1, help="weight in Eq. (3) (default 1)")
     add("--beta", type=float, default=3, help="exponent of dwce, Eq. (2) (default 3)")
-    add("--self-train", type=float, default=0, help="extension: share of px to learn from (0: off)")
+    add("--self-train", type=float, default=0, help="extension: fraction of px kept (0: off)")
     add("--batch-size", type=int, default=8, help="tiles in each step (default 8)")
     add("--seed", type=int, default=0, help="of split, labels, weights, order (default 0)")
-    add("--device", default=evaluate.DEVICE)
-    add("--workers", type=int, default=8 * torch.cuda.is_available(), help="readers for each step")
-    add("--amp", action="store_true", help="bfloat16 autocast; the losses stay float32")
+    add("--device", choices=evaluate.DEVICES, help="default: the GPU if there is one")
+    add("--workers", type=int, help="reading processes of each step (default: 8 with a GPU)")
+    add("--amp", action="store_true", help="bfloat16, float32 losses; for Ampere GPUs or newer")
     run = time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
     add("--out", default=run, help="folder of this run (runs/<time>)")
     add("--resume", help="last.pt of a run; go on with its arguments and folder")
+    parser.set_defaults(**evaluate.MACHINE)
     return parser
 
 
@@ -75,27 +76,36 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.resume:
         checkpoint = evaluate.load_checkpoint(args.resume)
-        old = checkpoint["args"] | {"out": os.path.dirname(args.resume) or "."}
+        old = checkpoint["args"] | {"out": os.path.dirname(args.resume) or "."} | evaluate.MACHINE
         parser.set_defaults(**old)
         args = parser.parse_args(argv)
-        if args.width != old["width"] or "iteration" not in checkpoint:
-            parser.error(f"{args.resume} has another --width or version; start a new run")
+        fixed = "width", "batch_size", "seed"  # of the weights, of the sequence of batches
+        if any(vars(args)[name] != old[name] for name in fixed) or "iteration" not in checkpoint:
+            changed = "--width, --batch-size, --seed or version"
+            parser.error(f"{args.resume} has another {changed}; start a new run")
     scale = FULL if args.data else DEMO
     vars(args).update({name: scale[name] for name in scale if getattr(args, name) is None})
-    # Deviation: the paper gives no pre-training time; here a tenth, because 0 showed no clear gain.
-    if args.pretrain_epochs is None:
-        args.pretrain_epochs = min(max(1, args.epochs // 10), args.epochs - 1)
     if not all(0 <= f <= 1 for f in (args.pixel_frac, args.image_frac, args.self_train)):
-        parser.error("--pixel-frac, --image-frac and --self-train are shares, 0 to 1")
-    if args.self_train and not args.image_frac:
-        parser.error("--self-train needs image-level labels; give --image-frac")
-    if args.tile % 8 or args.width % 4 or min(args.tile, args.width, args.epochs) < 1:
-        parser.error("--tile is a multiple of 8, --width of 4, --epochs at least 1")
-    if args.image_frac and args.pretrain_epochs >= args.epochs:
-        parser.error("no epoch is left for step 2; fewer --pretrain-epochs, or more --epochs")
+        parser.error("--pixel-frac, --image-frac and --self-train are fractions, 0 to 1")
+    if not args.image_frac and (args.self_train or args.pretrain == "labels"):
+        parser.error("--self-train and --pretrain labels need image labels; give --image-frac")
+    if args.tile % 8 or args.width % 4 or min(args.tile, args.width) < 1:
+        parser.error("--tile is a multiple of 8, --width of 4")
+    if min(args.epochs, args.batch_size) < 1 or args.workers < 0:
+        parser.error("--epochs and --batch-size are at least 1, --workers 0")
+    if args.image_frac and pretrain_epochs(args) >= args.epochs:
+        parser.error("no epoch is left for both steps; fewer --pretrain-epochs, or more --epochs")
     if not args.resume and Path(args.out, "last.pt").exists():
         parser.error(f"{args.out} holds a run; --resume {args.out}/last.pt, or another --out")
     return args, checkpoint
+
+
+def pretrain_epochs(args):
+    """How many epochs one step runs alone before both alternate, Fig. 2."""
+    # Deviation: the paper gives no pre-training time; here a tenth, because 0 showed no clear gain.
+    part = args.epochs // 10 if args.pretrain == "masks" else round(args.epochs / 3)
+    default = min(max(1, part), args.epochs - 1)
+    return default if args.pretrain_epochs is None else args.pretrain_epochs
 
 
 def update(optimizer, loss):
@@ -104,126 +114,144 @@ def update(optimizer, loss):
     optimizer.step()
 
 
-def save(path, model, optimizer, iteration, key, args):
+def save(path, model, optimizer, iteration, fingerprint, args):
     """Write a checkpoint aside, then rename it: a kill never leaves half a file."""
     content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    content |= {"iteration": iteration, "key": key, "args": vars(args)}
+    content |= {"iteration": iteration, "fingerprint": fingerprint, "args": vars(args)}
     torch.save(content, f"{path}.part")
     os.replace(f"{path}.part", path)
 
 
-def log_line(epoch, sums, batch_size, seconds):
-    """Sums over the iterations of an epoch -> the numbers to print and log. DataError for NaN."""
-    sums = {name: float(value) for name, value in sums.items()}  # waits for a GPU
-    n = sums["iterations"]
-    dsc = 2 * sums["overlap"] / max(sums["area"], 1)
-    line = {"loss_seg": sums["loss_seg"] / n, "train_dsc": dsc}
-    if "loss_cls" in sums:
-        line |= {"loss_cls": sums["loss_cls"] / n, "train_accuracy": sums["right"] / n / batch_size}
+def log_line(epoch, totals, batch_size, start):
+    """Totals over an epoch's iterations -> the numbers to print and log. DataError for NaN."""
+    totals = {name: float(value) for name, value in totals.items()}  # waits for a GPU
+    n, seconds, line = totals["iterations"], time.time() - start, {"epoch": epoch}
+    if "loss_seg" in totals:
+        dsc = 2 * totals["overlap"] / max(totals["area"], 1)
+        line |= {"loss_seg": totals["loss_seg"] / n, "train_dsc": dsc}
+    if "loss_cls" in totals:
+        accuracy = totals["correct"] / n / batch_size
+        line |= {"loss_cls": totals["loss_cls"] / n, "train_accuracy": accuracy}
+    if not all(map(math.isfinite, line.values())):
+        raise DataError(f"the loss is not finite in epoch {epoch}; lower --lr")
     line |= {"iterations_per_s": n / seconds, "seconds": seconds}
-    if not math.isfinite(line["loss_seg"] + line.get("loss_cls", 0)):
-        raise data.DataError(f"the loss is not finite in epoch {epoch}; lower --lr")
-    return {"epoch": epoch} | {name: float(f"{value:.4g}") for name, value in line.items()}
+    return {name: float(f"{value:.4g}") for name, value in line.items()} | {"epoch": epoch}
+
+
+def batch_stream(args, tiles, rows, stream, first, last):
+    """Batches `first` to `last` - 1 of tiles `rows`; `stream` is a number for the random order."""
+    keys = data.batches(rows, args.batch_size, (args.seed, stream), first, last)
+    return data.load_batches(tiles, keys, torch.device(args.device), args.workers)
+
+
+def losses(args, tiles, mask_rows, label_rows):
+    """--seg-loss and --cls-loss -> two functions of logits and targets."""
+    tumour, cancer = tiles.table["tumour"][mask_rows], tiles.table["label"][label_rows]
+    seg_loss_fn = loss.by_name(args.seg_loss, args.beta, tumour.mean(), args.device)
+    frequency = cancer.sum() / max(len(cancer), 1)
+    return seg_loss_fn, loss.by_name(args.cls_loss, args.beta, frequency, args.device)
+
+
+def restore(args, checkpoint, model, adam, fingerprint):
+    """Put the state of --resume back -> its iteration, the lines of its log."""
+    if checkpoint["fingerprint"] != fingerprint:
+        raise DataError(f"{args.resume}: slides or labels have changed; put them back")
+    model.load_state_dict(checkpoint["model"])
+    adam.load_state_dict(checkpoint["optimizer"])
+    log = Path(args.resume).with_name("log.jsonl")
+    return checkpoint["iteration"], log.read_text().splitlines(True) if log.exists() else []
 
 
 def main(argv=None):
     args, checkpoint = parse_args(argv)
     began, device, out = time.time(), torch.device(args.device), Path(args.out)
-    sources = data.find_slides(args.data, args.seed)
-    tiles = data.tile_slides(sources, args.tile, args.mpp, args.level)
-    shares = args.pixel_frac, args.image_frac, args.label_unit, args.seed
-    pool, mask_rows, label_rows = data.choose_labels(tiles, *shares)
-    print(*data.describe(tiles, mask_rows, label_rows), sep="\n", flush=True)
+    torch.backends.cudnn.benchmark = True  # all batches have one shape
+    tiles = evaluate.find_tiles(args)
+    pool, mask_rows, label_rows, fingerprint = data.label_tiles(tiles, args)
     torch.manual_seed(args.seed)
     model = Network(args.width).to(device)
     adam = torch.optim.Adam(model.parameters(), lr=args.lr)
-    tumour, label = tiles.table["tumour"], tiles.table["label"]
-    share = tumour[mask_rows][label[mask_rows] == data.CANCER].mean()  # extension
-    cancer = label[label_rows].sum() / max(len(label_rows), 1)
-    seg_loss = loss.by_name(args.seg_loss, args.beta, tumour[mask_rows].mean())
-    cls_loss = loss.by_name(args.cls_loss, args.beta, cancer)
+    seg_loss_fn, cls_loss_fn = losses(args, tiles, mask_rows, label_rows)
+    cancer_masks = mask_rows[tiles.table["label"][mask_rows] == data.CANCER]
+    tumour_share = tiles.table["tumour"][cancer_masks].mean()  # for --self-train
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
 
     # Deviation: the paper does not say how long an epoch is; here a pass over the pool (100 %),
     # because S and S+C then make equally many of step 1.
     per_epoch = math.ceil(len(pool) / args.batch_size)
-    first, total = checkpoint["iteration"] if checkpoint else 0, args.epochs * per_epoch
-    pretrain = args.pretrain_epochs * per_epoch if len(label_rows) else total  # Fig. 2
-    used = b"".join(a.tobytes() for a in (tiles.table, mask_rows, label_rows))
-    key, last, log = hashlib.sha256(used).hexdigest(), out / "last.pt", out / "log.jsonl"
+    total, alone = args.epochs * per_epoch, pretrain_epochs(args) * per_epoch
+    mask_start, label_start = (0, alone) if args.pretrain == "masks" else (alone, 0)
+    label_start = label_start if len(label_rows) else total
+    first, lines = 0, []
     if checkpoint:
-        if checkpoint["key"] != key:
-            raise data.DataError(f"{args.resume}: slides or labels have changed; put them back")
-        model.load_state_dict(checkpoint["model"])
-        adam.load_state_dict(checkpoint["optimizer"])
+        first, lines = restore(args, checkpoint, model, adam, fingerprint)
         print(f"going on after epoch {first // per_epoch} of {args.epochs}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     data.write_tiles(out / "tiles.csv", tiles, mask_rows, label_rows)
-    log.write_text("".join(log.read_text().splitlines(True)[: first // per_epoch] if first else []))
+    checkpoint_path, log_path = out / "last.pt", out / "log.jsonl"
+    log_path.write_text("".join(lines[: first // per_epoch]))
+    save(checkpoint_path, model, adam, first, fingerprint, args)
+    resume = f"interrupted; go on with: python train.py --resume {checkpoint_path}"
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(resume))
 
-    def stop(*_):
-        go_on = f"go on with: python train.py --resume {last}"
-        sys.exit(f"interrupted; {go_on if last.exists() else 'no epoch was done, start again'}")
-
-    signal.signal(signal.SIGINT, stop)
-
-    def batches(rows, stream, *numbers):
-        keys = data.batches(rows, args.batch_size, (args.seed, stream), *numbers)
-        return data.load(tiles, keys, device, args.workers)
-
-    mask_batches = batches(mask_rows, 11, first, total)  # 11, 12, 13: streams of random numbers
-    label_batches = batches(label_rows, 12, max(first, pretrain), total)
-    sums, start = Counter(), time.time()
+    # Iteration n takes batch n of a stream; 11, 12, 13 are streams of random numbers.
+    mask_batches = batch_stream(args, tiles, mask_rows, 11, max(first, mask_start), total)
+    label_batches = batch_stream(args, tiles, label_rows, 12, max(first, label_start), total)
+    totals, start = defaultdict(float), time.time()
     for n in data.progress(range(first, total), "training"):
         # Deviation: the paper has one learning rate; here it falls to 0, because the end is scored.
         adam.param_groups[0]["lr"] = args.lr * (1 - n / total)
+        totals["iterations"] += 1
 
         # Step 1, Fig. 4: masks teach encoder, PSP and decoder; no gradient for the head.
-        images, masks, _ = next(mask_batches)
-        with autocast:
-            logits = model.decode(model.encode(images))  # (B, 2, H, W)
-        loss_seg = seg_loss(logits, masks)
-        update(adam, loss_seg)
-        found = logits.argmax(1)
-        sums.update(loss_seg=loss_seg.detach(), overlap=(found * masks).sum())
-        sums.update(iterations=1, area=found.sum() + masks.sum())
+        if n >= mask_start:
+            images, masks, _ = next(mask_batches)
+            with autocast:
+                logits = model.decode(model.encode(images))  # (B, 2, H, W)
+            loss_seg = seg_loss_fn(logits, masks)
+            update(adam, loss_seg)
+            predicted = logits.argmax(1)
+            totals["loss_seg"] += loss_seg.detach()
+            totals["overlap"] += (predicted * masks).sum()
+            totals["area"] += predicted.sum() + masks.sum()
 
         # Step 2, Fig. 4: image labels teach encoder and head; no gradient for PSP, decoder.
-        if n >= pretrain:
+        if n >= label_start:
             images, _, labels = next(label_batches)
             with autocast:
                 maps = model.encode(images)
                 logits = model.classify(maps)  # (B, 2)
-                seg = model.decode(maps) if args.self_train else None
+                self_train = args.self_train and n >= mask_start
+                seg = model.decode(maps) if self_train else None
             # Deviation: the paper adds its losses, Eq (3); here they alternate, because Fig 4 does.
-            loss_cls = args.alpha * cls_loss(logits, labels)
-            if args.self_train:  # extension: the decoder learns from its surest pixels too
-                loss_cls += seg_loss(seg, loss.surest(seg, labels, args.self_train, share))
+            loss_cls = args.alpha * cls_loss_fn(logits, labels)
+            if self_train:  # extension: the decoder learns from its surest pixels too
+                masks = loss.pseudo_masks(seg, labels, args.self_train, tumour_share)
+                loss_cls += seg_loss_fn(seg, masks)
             update(adam, loss_cls)
-            sums.update(loss_cls=loss_cls.detach(), right=(logits.argmax(1) == labels).sum())
+            totals["loss_cls"] += loss_cls.detach()
+            totals["correct"] += (logits.argmax(1) == labels).sum()
 
         if (n + 1) % per_epoch == 0:
-            line = log_line((n + 1) // per_epoch, sums, args.batch_size, time.time() - start)
-            with log.open("a") as file:
+            line = log_line((n + 1) // per_epoch, totals, args.batch_size, start)
+            with log_path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            save(last, model, adam, n + 1, key, args)
+            save(checkpoint_path, model, adam, n + 1, fingerprint, args)
             print(*(f"{name} {value:g} " for name, value in line.items()), flush=True)
-            sums, start = Counter(), time.time()
+            totals, start = defaultdict(float), time.time()
+    mask_batches.close(), label_batches.close()  # their workers end
 
     # Deviation: the paper does not say what BN's statistics are; here they are estimated anew on
     # the decoder's tiles, because running means of small batches are far off.
     rows = label_rows if args.self_train else mask_rows
     with autocast:
-        update_bn(batches(rows, 13, 0, math.ceil(len(rows) / args.batch_size)), model)
-    save(last, model, adam, max(first, total), key, args)  # first: resumed with fewer --epochs
-    rows = np.flatnonzero(~tiles.table["train"])
-    counts = evaluate.count(model, tiles, rows, args)
-    results = evaluate.summarise(tiles, rows, counts, args.image_frac > 0)
-    results |= {"arguments": vars(args), "seconds": time.time() - began, "torch": torch.__version__}
-    (out / "results.json").write_text(json.dumps(results, indent=1))
-    evaluate.write_pictures(out / "pictures", model, tiles, rows, counts, args)
-    print(evaluate.headline(results))
-    print(f"{results['seconds']:.0f} s, results in {out}; again: python evaluate.py --ckpt {last}")
+        count = math.ceil(len(rows) / args.batch_size)
+        update_bn(batch_stream(args, tiles, rows, 13, 0, count), model)
+    last = max(first, total)  # first, where it was resumed with fewer --epochs
+    save(checkpoint_path, model, adam, last, fingerprint, args)
+    evaluate.write_results(out, model, tiles, args, began, classes=args.image_frac > 0)
+    again = f"again: python evaluate.py --ckpt {checkpoint_path}"
+    print(f"{time.time() - began:.0f} s, results in {out}; {again}")
 
 
 if __name__ == "__main__":

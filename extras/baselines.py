@@ -6,11 +6,11 @@
 
 Flags are those of train.py but --resume; tiles, labels, their order and the number of optimizer
 steps are the same too. --width, --alpha, --beta and the losses are for transfer alone, which has
-our network; the others have a ResNet-18, untrained. Writes last.pt, tiles.csv, results.json.
+our network; the others have a ResNet-18, untrained. Writes last.pt, tiles.csv, results.json,
+pictures/.
 """
 
 import argparse
-import json
 import math
 import time
 from pathlib import Path
@@ -26,6 +26,7 @@ import evaluate
 import loss
 import train
 from model import Network
+from slide import DataError
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of its channels
 MIL_TOP = 0.1  # share of a positive bag that is positive, [18]'s alpha; its beta is 0
@@ -104,15 +105,9 @@ def mil_loss(z, label):
     return F.binary_cross_entropy_with_logits(z, target, known, reduction="sum") / known.sum()
 
 
-def batches(args, tiles, rows, stream, first, last):
-    """Batches `first` to `last` - 1 of the tiles `rows`, those of train.py for its streams."""
-    keys = data.batches(rows, args.batch_size, (args.seed, stream), first, last)
-    return data.load(tiles, keys, torch.device(args.device), args.workers)
-
-
 def descend(args, adam, tiles, rows, stream, total):
     """Yield `total` batches; the learning rate of `adam` falls linearly from --lr to 0."""
-    loader = batches(args, tiles, rows, stream, 0, total)
+    loader = train.batch_stream(args, tiles, rows, stream, 0, total)
     for n, batch in enumerate(data.progress(loader, "training", total)):
         adam.param_groups[0]["lr"] = args.lr * (1 - n / total)
         yield batch
@@ -127,15 +122,15 @@ def multitask(args, model, tiles, mask_rows, label_rows, total, pretrain):
     rows, table = np.union1d(mask_rows, label_rows), tiles.table
     tumour = np.where(np.isin(rows, mask_rows), table["tumour"][rows], table["label"][rows])
     # Class weights inverse to frequency; the mean weight of a pixel, and of a tile, is 1.
-    shares = tumour.mean(), table["label"][label_rows].mean()  # of class 1 in each
-    mask_weights, label_weights = ((0.5 / (1 - share), 0.5 / share) for share in shares)
+    frequencies = tumour.mean(), table["label"][label_rows].mean()  # of class 1 in each
+    weights = torch.tensor([(0.5 / (1 - f), 0.5 / f) for f in frequencies], device=args.device)
     adam = torch.optim.Adam(model.parameters())
     tiles, updates = ConstantMasks(tiles, mask_rows), 2 * total - pretrain
     for images, masks, labels in descend(args, adam, tiles, rows, 11, updates):
         with autocast(args):
             logits, class_logits = model(images)
-        loss_seg = loss.fw(logits, masks, mask_weights)
-        train.update(adam, loss_seg + loss.fw(class_logits, labels, label_weights))
+        loss_seg = loss.fw(logits, masks, weights[0])
+        train.update(adam, loss_seg + loss.fw(class_logits, labels, weights[1]))
     return rows
 
 
@@ -144,7 +139,7 @@ def mil(args, model, tiles, mask_rows, label_rows, total, pretrain):
     # Deviation: the paper's [18] has bags of tiles, no masks; here a bag is the cells of one tile
     # and masks averaged to them teach too, because labels are of tiles.
     adam = torch.optim.Adam(model.parameters())
-    bags = batches(args, tiles, label_rows, 12, pretrain, total)
+    bags = train.batch_stream(args, tiles, label_rows, 12, pretrain, total)
     for n, (images, masks, _) in enumerate(descend(args, adam, tiles, mask_rows, 11, total)):
         with autocast(args):
             z = model.low(images)  # (B, 1, H/16, W/16)
@@ -162,20 +157,17 @@ def transfer(args, model, tiles, mask_rows, label_rows, total, pretrain):
     """Train [30]: encoder and head on labels, then with a new Adam encoder and decoder on masks."""
     # Deviation: the paper does not tell how [30], a classifier, segments; here all of step 2 comes
     # before all of step 1, because only the alternation is missing then.
-    cancer = tiles.table["label"][label_rows].mean()
-    tumour = tiles.table["tumour"][mask_rows].mean()
-    cls_loss = loss.by_name(args.cls_loss, args.beta, cancer)
-    seg_loss = loss.by_name(args.seg_loss, args.beta, tumour)
+    seg_loss_fn, cls_loss_fn = train.losses(args, tiles, mask_rows, label_rows)
     adam = torch.optim.Adam(model.parameters())
     for images, _, labels in descend(args, adam, tiles, label_rows, 12, total - pretrain):
         with autocast(args):
             logits = model.classify(model.encode(images))  # (B, 2)
-        train.update(adam, args.alpha * cls_loss(logits, labels))
+        train.update(adam, args.alpha * cls_loss_fn(logits, labels))
     adam = torch.optim.Adam(model.parameters())
     for images, masks, _ in descend(args, adam, tiles, mask_rows, 11, total):
         with autocast(args):
             logits = model.decode(model.encode(images))  # (B, 2, H, W)
-        train.update(adam, seg_loss(logits, masks))
+        train.update(adam, seg_loss_fn(logits, masks))
     return mask_rows
 
 
@@ -189,10 +181,10 @@ def network(method, width):
     return Network(width) if method == "transfer" else ResNet(method)
 
 
-def load(path):
+def load_method(path):
     """last.pt of a method -> its network, the arguments of its training."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    args = argparse.Namespace(**checkpoint["args"])
+    args = argparse.Namespace(**checkpoint["args"] | evaluate.MACHINE)
     model = network(args.method, args.width).to(args.device)
     model.load_state_dict(checkpoint["model"])
     return model.eval(), args
@@ -201,42 +193,35 @@ def load(path):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=evaluate.AS_WRITTEN)
     parser.add_argument("method", choices=METHODS, help="then the flags of train.py")
-    given, flags = parser.parse_known_args(argv)
+    options, flags = parser.parse_known_args(argv)
     args, _ = train.parse_args(flags)
-    args.method = given.method
+    args.method = options.method
     if args.resume or not args.image_frac:
         parser.error("--resume is for train.py alone, and --image-frac must be above 0")
     if args.method == "mil" and not any(flag.startswith("--lr") for flag in flags):
         args.lr *= MIL_LR
 
     began, out = time.time(), Path(args.out)
-    sources = data.find_slides(args.data, args.seed)
-    tiles = data.tile_slides(sources, args.tile, args.mpp, args.level)
-    shares = args.pixel_frac, args.image_frac, args.label_unit, args.seed
-    pool, mask_rows, label_rows = data.choose_labels(tiles, *shares)
-    print(*data.describe(tiles, mask_rows, label_rows), sep="\n", flush=True)
+    tiles = evaluate.find_tiles(args)
+    pool, mask_rows, label_rows, _ = data.label_tiles(tiles, args)
     out.mkdir(parents=True, exist_ok=True)
     data.write_tiles(out / "tiles.csv", tiles, mask_rows, label_rows)
 
     torch.manual_seed(args.seed)
     model = network(args.method, args.width).to(args.device)
     per_epoch = math.ceil(len(pool) / args.batch_size)  # as in train.py
-    total, pretrain = args.epochs * per_epoch, args.pretrain_epochs * per_epoch
+    total, pretrain = args.epochs * per_epoch, train.pretrain_epochs(args) * per_epoch
     rows = METHODS[args.method](args, model, tiles, mask_rows, label_rows, total, pretrain)
     if not all(p.isfinite().all() for p in model.parameters()):
-        raise data.DataError("the loss was not finite; lower --lr")
+        raise DataError("the loss was not finite; lower --lr")
     with autocast(args):  # BN's statistics anew, as in train.py
-        update_bn(batches(args, tiles, rows, 13, 0, math.ceil(len(rows) / args.batch_size)), model)
+        count = math.ceil(len(rows) / args.batch_size)
+        update_bn(train.batch_stream(args, tiles, rows, 13, 0, count), model)
     torch.save({"model": model.state_dict(), "args": vars(args)}, out / "last.pt")
-
-    rows = np.flatnonzero(~tiles.table["train"])
-    counts = evaluate.count(model, tiles, rows, args)
     # No accuracy for transfer: its encoder has moved away from its classification head.
-    results = evaluate.summarise(tiles, rows, counts, args.method != "transfer")
-    results |= {"arguments": vars(args), "seconds": time.time() - began, "torch": torch.__version__}
-    (out / "results.json").write_text(json.dumps(results, indent=1))
-    print(evaluate.headline(results))
-    print(f"{results['seconds']:.0f} s; results are in {out}")
+    classes = args.method != "transfer"
+    evaluate.write_results(out, model, tiles, args, began, classes)
+    print(f"{time.time() - began:.0f} s; results are in {out}")
 
 
 if __name__ == "__main__":

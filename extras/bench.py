@@ -20,12 +20,12 @@ import tifffile
 import torch
 from torch.utils.benchmark import Timer
 
-import data
 import evaluate
 import loss
 import train
 from extras import synthetic
 from model import Network
+from slide import Slide
 
 BLOCK, SIDE = 512, 16_384  # px of a JPEG block, px of the slide
 PLACES, ROUNDS = 40, 7  # places that are read in a round
@@ -45,7 +45,7 @@ def readers_of(path):
     """{name: function of x, y, side in px}, first the limit: pread and libjpeg-turbo alone."""
     import imagecodecs
 
-    page, file, slide = tifffile.TiffFile(path).pages[0], open(path, "rb"), data.Slide(path)
+    page, file, slide = tifffile.TiffFile(path).pages[0], open(path, "rb"), Slide(path)
 
     def limit(x, y, side):
         rows, columns = (range(low // BLOCK, (low + side - 1) // BLOCK + 1) for low in (y, x))

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-import data
 from extras import outline
+from slide import DataError, warn
 
 TUMOUR = "tumor", "tumour", "metastasis", "metastases"
 EXCLUSION = "ignore*", "ignore", "normal", "exclusion"
@@ -50,9 +50,9 @@ def read(path):
                 outer, *holes = map(clockwise, part)
                 polygons.append((outline.around(outer, holes) - 0.5, base in TUMOUR))
         if any(feature["properties"].get("predicted") for feature in features):  # not by QuPath
-            data.warn(f"{path}: as predicted; look at it in QuPath before you train on it")
+            warn(f"{path}: as predicted; look at it in QuPath before you train on it")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise data.DataError(f"{path}: {error}; mend it in QuPath, export it again") from None
+        raise DataError(f"{path}: {error}; mend it in QuPath, export it again") from None
     return polygons
 
 
@@ -74,7 +74,7 @@ def main(argv=None):
     for path in args.files:
         polygons, xml = read(path), path.with_suffix(".xml")
         if xml.exists() and not args.overwrite:
-            raise data.DataError(f"{xml}: is there already; move it, or give --overwrite")
+            raise DataError(f"{xml}: is there already; move it, or give --overwrite")
         outline.write_annotation(xml, polygons)
         print(f"{xml}: {len(polygons)} polygons, {sum(t for _, t in polygons)} of them tumour")
 

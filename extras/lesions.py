@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-import data
 import evaluate
 from extras import outline, predict
+from slide import read_annotation
 
 # Largest diameter in mm, as CAMELYON has them; ITC: isolated tumour cells.
 SIZES = {"macro": (2.0, np.inf), "micro": (0.2, 2.0), "ITC": (0.0, 0.2)}
@@ -50,7 +50,7 @@ def score(model, tiles, out, args):
     for n, (source, slide, truth) in enumerate(zip(tiles.sources, tiles.slides, tiles.annotations)):
         folder = out / Path(source.name).parent
         k, mpp = predict.predict_slide(model, source.path, folder, args)
-        found = data.read_annotation(folder / f"{source.path.stem}_pred.xml")
+        found = read_annotation(folder / f"{source.path.stem}_pred.xml")
         pixels, sizes, false = compare(truth, found, slide.levels[k], args.min_area / mpp**2)
         counts.append(pixels)
         lesions += [(diameter * mpp / 1000, was_found) for diameter, was_found in sizes]
@@ -76,20 +76,16 @@ def mean(values):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--ckpt", required=True, help="last.pt of a run; what is not given is as it was there")
+    add("--ckpt", required=True, help="last.pt of a run; other options default to the run's")
     add("--data", help="folder of slides")
     add("--split", choices=("test", "train", "all"), default="test")
-    add("--level", type=int, help="level to read where a file does not tell its um/px")
+    add("--level", type=int, help="level to read where a file has no resolution (um/px)")
     add("--overwrite", action="store_true", help="predict slides anew that are done")
-    add("--device", help="cpu, cuda (default: what this machine has)")
+    add("--device", choices=evaluate.DEVICES, help="default: the GPU if there is one")
     add("--workers", type=int, help="processes that read windows")
     given = parser.parse_args(argv)
-    model, args = evaluate.load(given.ckpt, **predict.DEFAULTS | vars(given))
-    sources = data.find_slides(args.data, args.seed)
-    sources = [source for source in sources if args.split in ("all", source.split)]
-    if not sources:
-        raise data.DataError(f"{args.data}: no slide in --split {args.split}; try --split all")
-    tiles = data.tile_slides(sources, args.tile, args.mpp, args.level)
+    model, args = evaluate.load_model(given.ckpt, **predict.DEFAULTS | vars(given))
+    tiles = evaluate.find_tiles(args, args.split)
     out = Path(args.ckpt).parent / "whole_slides"
     results = score(model, tiles, out, args)
     (out / "results.json").write_text(json.dumps(results | {"arguments": vars(args)}, indent=1))

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 import data
 import evaluate
 from extras import geojson, outline, pyramid
+from slide import DataError, Slide, warn
 
 PICTURE = 1000  # px, the longer side of NAME.png at most
 # The smallest lesions outlined in CAMELYON are single cells of 140 um^2; .9 of them exceed 350.
@@ -54,7 +55,7 @@ def places_with_tissue(slide, level, tile, overlap):
 def predict_windows(model, windows, places, args, scores):
     """Yield x, y, probability (tile, tile) at all `places`; their cancer scores go to `scores`."""
     batches = [places[n : n + args.batch_size] for n in range(0, len(places), args.batch_size)]
-    loader = data.load(windows, batches, torch.device(args.device), args.workers)
+    loader = data.load_batches(windows, batches, torch.device(args.device), args.workers)
     for images, xs, ys in data.progress(loader, Path(windows.slide.path).name, len(batches)):
         p, cancer = evaluate.predict(model, images, args.amp)
         scores += cancer.tolist()
@@ -91,7 +92,7 @@ def is_done(path, out, settings):
     for name, value in settings.items() if done else ():
         if done[name] != str(value):
             found = f"done with {name} {done[name]}, not {value}"
-            raise data.DataError(f"{path}: {found}; --overwrite to redo it, or another --out")
+            raise DataError(f"{path}: {found}; --overwrite to redo it, or another --out")
     return bool(done)
 
 
@@ -104,7 +105,7 @@ def figures(rings, mpp):
 
 def predict_slide(model, path, out, args):
     """Write the files of a slide into `out`, unless they are there -> the level read, its um/px."""
-    slide = data.Slide(path)
+    slide = Slide(path)
     k = slide.nearest_level(args.mpp, args.level)
     lv = slide.levels[k]
     mpp = slide.mpp * lv.downsample if slide.mpp else args.mpp
@@ -115,10 +116,10 @@ def predict_slide(model, path, out, args):
         print(f"{path}: done before; --overwrite to redo it", flush=True)
         return k, mpp
     if not slide.mpp:
-        data.warn(f"{path}: um/px unknown, taken for the {mpp:g} of training at level {k}")
+        warn(f"{path}: um/px unknown, taken for the {mpp:g} of training at level {k}")
     places, scores = places_with_tissue(slide, k, args.tile, args.overlap).tolist(), []
     if not places:
-        data.warn(f"{path}: no tissue was found, nothing was looked at")
+        warn(f"{path}: no tissue was found, nothing was looked at")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=f".{path.stem}.") as part:
         ends = "_likelihood_map.tif", ".png", ".geojson", "_pred.xml"
@@ -154,37 +155,37 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("slides", nargs="+", type=Path, metavar="SLIDE", help="a .tif, .tiff or .svs")
-    add("--ckpt", required=True, help="last.pt of a run; what is not given is as it was there")
+    add("--ckpt", required=True, help="last.pt of a run; other options default to the run's")
     add("--out", type=Path, help="folder (predictions, beside the checkpoint)")
     add("--overlap", type=float, help="of windows, as 1/2, 2/3; 0 is 4 times faster, with seams")
     add("--threshold", type=float, help="probability from which a pixel is tumour (0.5)")
     add("--min-area", type=float, help="um^2; smaller lesions and holes are left out (200, a cell)")
     add("--simplify", type=int, choices=(0, 2, 4, 8), help="outline blocks of PX x PX (0: exact)")
-    add("--level", type=int, help="level to read where a file does not tell its um/px")
+    add("--level", type=int, help="level to read where a file has no resolution (um/px)")
     add("--overwrite", action="store_true", help="redo slides that are done")
     add("--workers", type=int, help="processes that read windows (as in training)")
-    add("--device", help="cpu, cuda (default: what this machine has)")
+    add("--device", choices=evaluate.DEVICES, help="default: the GPU if there is one")
     parser.set_defaults(**DEFAULTS)
     given = parser.parse_args(argv)
     if not (0 <= given.overlap <= 0.9 and 0 < given.threshold <= 1 and given.min_area >= 0):
         parser.error("--overlap is 0 to 0.9, --threshold above 0, to 1, --min-area 0 or more")
-    model, args = evaluate.load(given.ckpt, **vars(given))
+    model, args = evaluate.load_model(given.ckpt, **vars(given))
     out, failed = given.out or Path(given.ckpt).parent / "predictions", 0
     # slides/*.tif also finds what an earlier call has put beside the slides.
     slides = [p for p in given.slides if not p.stem.lower().endswith(data.NO_SLIDES)]
     if not slides:
-        raise data.DataError(f"{given.slides[0]}: masks or predictions alone; give the slides")
+        raise DataError(f"{given.slides[0]}: masks or predictions alone; give the slides")
     name, count = Counter(path.stem for path in slides).most_common(1)[0]
     if count > 1:
-        raise data.DataError(f"{name}: {count} slides of that name; give each an --out of its own")
+        raise DataError(f"{name}: {count} slides of that name; give each an --out of its own")
     table = out / "slides.csv"
     if table.exists() and table.read_text("utf-8").split("\n")[0] != ",".join(FIELDS):
-        raise data.DataError(f"{table}: has columns of another version; give another --out")
+        raise DataError(f"{table}: has columns of another version; give another --out")
     for path in slides:
         try:
             predict_slide(model, path, out, args)
         except Exception as error:  # whatever it is, the other slides shall finish
-            said = error if isinstance(error, data.DataError) else f"error: {path}: {error!r}"
+            said = error if isinstance(error, DataError) else f"error: {path}: {error!r}"
             print(said, file=sys.stderr)
             failed += 1
     if failed:

@@ -30,8 +30,10 @@ import evaluate
 import train
 from extras import baselines
 from extras.tables import markdown, tables
+from slide import DataError
 
 VARIED = "seed pixel_frac image_frac label_unit alpha beta cls_loss seg_loss self_train".split()
+VARIED += ["pretrain"]
 FIGURES = "dsc", "iou", "accuracy", "dsc_cancer_tiles", "slide_dsc", "seconds"
 PICTURES = {"fig5": 0.5, "fig7": 0, "fig8": 0.75, "strip": None}  # share of tumour in the tiles
 SIDE, HEAD, GAP = 224, 20, 6  # px of a panel: its tile, the text above, space to the next
@@ -73,7 +75,7 @@ def carry_out(args, run, seed):
                 flags["lr"] = args.common.lr * (baselines.MIL_LR if method == "mil" else 1)
             elif last.exists():
                 if settings(evaluate.load_checkpoint(last)["args"]) != args.flags:
-                    raise data.DataError(f"{last} is not of {args.flags}; give another --out")
+                    raise DataError(f"{last} is not of {args.flags}; give another --out")
                 flags["resume"] = last
             argv = [*args.rest, *(f"--{name}={value}" for name, value in flags.items())]
             if method:
@@ -115,7 +117,7 @@ def read_rows(args):
     rows = {}
     for row in csv.DictReader(args.rows.read_text().splitlines() if args.rows.exists() else []):
         if row["flags"] != args.flags:
-            raise data.DataError(f"{args.rows} is of {row['flags']}; give another --out")
+            raise DataError(f"{args.rows} is of {row['flags']}; give another --out")
         rows[row["run"], int(row["seed"])] = {k: float(row[k]) for k in FIGURES if row[k]}
     return rows
 
@@ -128,10 +130,10 @@ def draw(name, args):
     table, models, lines = args.tables[name], {}, []
     for cell in product(table.rows, table.columns):
         run = table.run(*cell)
-        load = baselines.load if "method" in run else evaluate.load
+        load = baselines.load_method if "method" in run else evaluate.load_model
         models[cell] = model, trained = load(Path(args.out, "runs", f"{run},seed=0", "last.pt"))
-    sources = data.find_slides(args.common.data, seed=0)
-    tiles = data.tile_slides(sources, trained.tile, trained.mpp, trained.level)
+    trained.data, trained.seed = args.common.data, 0
+    tiles = evaluate.find_tiles(trained)
     rows = np.flatnonzero(~tiles.table["train"] & (tiles.table["label"] == data.CANCER))
     if name == "strip":
         counts = evaluate.count(model, tiles, rows, trained)  # of the last model
@@ -210,7 +212,7 @@ def main(argv=None):
         elif runs[name] <= rows.keys():
             draw(name, args).save(Path(args.out, f"{name}.png"))
     if args.jobs and (failed := todo - rows.keys()):
-        raise data.DataError(f"{len(failed)} of {len(todo)} runs failed; run the command again")
+        raise DataError(f"{len(failed)} of {len(todo)} runs failed; run the command again")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ import numpy as np
 import tifffile
 from PIL import Image, ImageDraw, ImageFilter
 
-from data import Annotation, DataError, progress
+from data import progress
 from extras.outline import write_annotation
+from slide import Annotation, DataError
 
 MPP, TIFF_TILE, LEVELS = 0.5, 256, 4
 LYMPHOCYTE, BENIGN, TUMOUR = range(3)

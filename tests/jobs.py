@@ -23,7 +23,7 @@ def call(main, *argv):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             main([str(a) for a in argv])
-        except SystemExit as stop:  # data.DataError too: its code is a text, which Python prints
+        except SystemExit as stop:  # DataError too: its code is a text, which Python prints
             status = stop.code or 0
             # A cycle of error and frames would keep the workers until they are in the way.
             traceback.clear_frames(stop.__traceback__)
@@ -68,7 +68,7 @@ def log_of(folder):
 def assert_equal_runs(a, b):
     """Weights, Adam's state, counts, tiles and log, but for times."""
     one, two = checkpoint_of(a), checkpoint_of(b)
-    assert one["iteration"] == two["iteration"] and one["key"] == two["key"]
+    assert one["iteration"] == two["iteration"] and one["fingerprint"] == two["fingerprint"]
     assert all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
     for n, state in one["optimizer"]["state"].items():
         assert all(torch.equal(v, two["optimizer"]["state"][n][k]) for k, v in state.items())

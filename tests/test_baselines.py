@@ -14,6 +14,7 @@ import data
 import evaluate
 import train
 from extras import baselines
+from slide import DataError
 
 ARGS = {"device": "cpu", "workers": 0, "amp": False, "batch_size": 8, "seed": 0, "width": 8}
 ARGS |= {"lr": 3e-3, "seg_loss": "ce", "cls_loss": "ce", "alpha": 1, "beta": 3}
@@ -100,7 +101,7 @@ def test_methods_are_compared_on_the_same_tiles_after_as_many_steps(few, tmp_pat
         assert results.keys() == keys and evaluate.headline(results) in out
         assert (results["accuracy"] is None) == (method == "transfer")
 
-        model, args = baselines.load(tmp_path / method / "last.pt")
+        model, args = baselines.load_method(tmp_path / method / "last.pt")
         assert args.method == method and not model.training
         tiles = data.tile_slides(data.find_slides(few), args.tile, args.mpp)
         _, for_bn, labelled = data.choose_labels(tiles, 0.5, 1)
@@ -114,7 +115,7 @@ def test_methods_are_compared_on_the_same_tiles_after_as_many_steps(few, tmp_pat
 
 def test_the_learning_rate_of_mil_is_five_times_the_default(few, tmp_path, monkeypatch):
     def tell(args, *_):
-        raise data.DataError(f"{args.lr:g}")
+        raise DataError(f"{args.lr:g}")
 
     scale = "--data", few, *TINY[:4], "--out", tmp_path
     for method, factor in (("mil", 5), ("multitask", 1)):

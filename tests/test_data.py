@@ -13,6 +13,7 @@ import torch
 
 import data
 from extras import synthetic
+from slide import Annotation, DataError, Slide, read_annotation, winding
 
 XML = Path(__file__).parent / "data"
 SQUARE = np.array([(10, 10), (30, 10), (30, 30), (10, 30)], float)
@@ -31,7 +32,7 @@ SQUARE = np.array([(10, 10), (30, 10), (30, 30), (10, 30)], float)
     ],
 )
 def test_original_files_keep_areas_and_skip_dots_rulers_and_rings_of_two(name, tumour, exclusions):
-    annotation = data.read_annotation(XML / f"{name}.xml")
+    annotation = read_annotation(XML / f"{name}.xml")
     kinds = [is_tumour for _, is_tumour in annotation.polygons]
     assert (kinds.count(True), kinds.count(False)) == (tumour, exclusions)
     assert all(len(xy) >= 3 for xy, _ in annotation.polygons)
@@ -63,7 +64,7 @@ def test_exclusions_are_cleared_whatever_the_order_of_the_file(tmp_path, tumour,
     """In the order of the file, test_113 gains 4.6 % of tumour."""
     hole, ruler = (exclusion, "Polygon", SQUARE / 2 + 10), ("None", "Dot", SQUARE[:1])
     path = write_xml(tmp_path / "a.xml", hole, (tumour, "Spline", SQUARE), ruler)
-    mask = data.read_annotation(path).mask(0, 0, 64, 64)
+    mask = read_annotation(path).mask(0, 0, 64, 64)
     assert mask.sum() == 20 * 20 - 10 * 10 and mask[12, 12] == 1 and mask[20, 20] == 0
 
 
@@ -71,16 +72,16 @@ def test_points_are_put_by_their_order(tmp_path):
     """ASAP sorts them: a file that another tool has shuffled is a square there, here an eight."""
     shuffled = [2, 0, 3, 1]
     path = write_xml(tmp_path / "a.xml", ("_0", "Polygon", SQUARE[shuffled]), order=shuffled)
-    assert data.read_annotation(path).mask(0, 0, 64, 64).sum() == 20 * 20
+    assert read_annotation(path).mask(0, 0, 64, 64).sum() == 20 * 20
     path = write_xml(tmp_path / "a.xml", ("_0", "Polygon", SQUARE))  # without: as they stand
-    assert data.read_annotation(path).mask(0, 0, 64, 64).sum() == 20 * 20
+    assert read_annotation(path).mask(0, 0, 64, 64).sum() == 20 * 20
 
 
 @pytest.mark.parametrize("order", [[10, 2, 1, 0], [0.5, 0.25, -1, -2]])
 def test_the_order_is_one_of_numbers(tmp_path, order):
     """As texts, "10" comes before "2"."""
     path = write_xml(tmp_path / "a.xml", ("_0", "Polygon", SQUARE), order=order)
-    ((xy, _),) = data.read_annotation(path).polygons
+    ((xy, _),) = read_annotation(path).polygons
     assert np.array_equal(xy, SQUARE[::-1])
 
 
@@ -89,7 +90,7 @@ def test_a_group_in_a_known_one_is_of_that_one(tmp_path):
     groups = {"macro": "metastases", "deep": "macro", "fat": "exclusion", "metastases": "None"}
     rings = [("deep", "Polygon", SQUARE), ("fat", "Polygon", SQUARE / 2)]
     rings += [("macro", "Polygon", SQUARE + 30)]
-    annotation = data.read_annotation(write_xml(tmp_path / "a.xml", *rings, groups=groups))
+    annotation = read_annotation(write_xml(tmp_path / "a.xml", *rings, groups=groups))
     assert [is_tumour for _, is_tumour in annotation.polygons] == [True, True, False]
 
 
@@ -97,9 +98,9 @@ def test_a_group_in_a_known_one_is_of_that_one(tmp_path):
     "groups", [{"a": "b", "b": "a"}, {"a": "a"}, {"a": "b", "b": "c", "c": "b"}]
 )
 def test_groups_in_a_ring_end_and_are_unknown(tmp_path, groups):
-    with pytest.raises(data.DataError, match="a.xml"):
+    with pytest.raises(DataError, match="a.xml"):
         path = write_xml(tmp_path / "a.xml", ("a", "Polygon", SQUARE), groups=groups)
-        data.read_annotation(path)
+        read_annotation(path)
 
 
 @pytest.mark.parametrize(
@@ -114,28 +115,28 @@ def test_groups_in_a_ring_end_and_are_unknown(tmp_path, groups):
 )
 def test_a_file_whose_shapes_are_all_skipped_is_not_one_of_a_normal_slide(tmp_path, ring, kind):
     """One forgotten group once made all 58 tiles of a tumour slide normal, without a word."""
-    with pytest.raises(data.DataError, match=f"a.xml.*3 {kind}"):
-        data.read_annotation(write_xml(tmp_path / "a.xml", *[ring] * 3))
+    with pytest.raises(DataError, match=f"a.xml.*3 {kind}"):
+        read_annotation(write_xml(tmp_path / "a.xml", *[ring] * 3))
 
 
 def test_a_file_without_any_shape_is_one_of_a_normal_slide(tmp_path, capsys):
     path = write_xml(tmp_path / "a.xml", groups={"metastases": "None"})
-    assert data.read_annotation(path).polygons == []
-    assert data.read_annotation(path).mask(0, 0, 9, 9).sum() == 0 and not capsys.readouterr().err
+    assert read_annotation(path).polygons == []
+    assert read_annotation(path).mask(0, 0, 9, 9).sum() == 0 and not capsys.readouterr().err
 
 
 def test_outlines_that_were_put_in_no_group_are_warned_of(tmp_path, capsys):
     rings = [("_0", "Polygon", SQUARE), ("None", "Polygon", SQUARE), (None, "Spline", SQUARE)]
-    annotation = data.read_annotation(write_xml(tmp_path / "a.xml", *rings))
+    annotation = read_annotation(write_xml(tmp_path / "a.xml", *rings))
     said = capsys.readouterr().err
     assert len(annotation.polygons) == 1 and said.count("\n") == 1 and "a.xml" in said
-    data.read_annotation(write_xml(tmp_path / "a.xml", *rings[:1], ("None", "Dot", SQUARE[:1])))
+    read_annotation(write_xml(tmp_path / "a.xml", *rings[:1], ("None", "Dot", SQUARE[:1])))
     assert "1 Dot of 1 points" in capsys.readouterr().err
 
 
 def test_an_unknown_group_is_refused_not_taken_as_normal(tmp_path):
-    with pytest.raises(data.DataError, match="a.xml.*necrosis"):
-        data.read_annotation(write_xml(tmp_path / "a.xml", ("necrosis", "Polygon", SQUARE)))
+    with pytest.raises(DataError, match="a.xml.*necrosis"):
+        read_annotation(write_xml(tmp_path / "a.xml", ("necrosis", "Polygon", SQUARE)))
 
 
 @pytest.mark.parametrize("count", [3, 30_000])
@@ -143,8 +144,8 @@ def test_annotations_in_each_other_are_read_or_refused_in_no_time(tmp_path, coun
     """Looking below every Annotation for its points took a minute for 30,000 of them."""
     body = "<Annotation>" * count + "</Annotation>" * count
     (tmp_path / "a.xml").write_text(f"<ASAP_Annotations>{body}</ASAP_Annotations>")
-    with pytest.raises(data.DataError, match="a.xml"):
-        data.read_annotation(tmp_path / "a.xml")
+    with pytest.raises(DataError, match="a.xml"):
+        read_annotation(tmp_path / "a.xml")
 
 
 @pytest.mark.parametrize(
@@ -158,16 +159,16 @@ def test_annotations_in_each_other_are_read_or_refused_in_no_time(tmp_path, coun
 )
 def test_broken_or_foreign_xml_is_named(tmp_path, text):
     (tmp_path / "a.xml").write_text(text)
-    with pytest.raises(data.DataError, match="a.xml") as caught:
-        data.read_annotation(tmp_path / "a.xml")
+    with pytest.raises(DataError, match="a.xml") as caught:
+        read_annotation(tmp_path / "a.xml")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "1e30", "", "x"])
 def test_coordinates_that_are_no_pixels_are_refused(tmp_path, value):
     path = write_xml(tmp_path / "a.xml", ("_0", "Polygon", [(0, 0), (9, value), (9, 9)]))
-    with pytest.raises(data.DataError, match="a.xml"):
-        data.read_annotation(path)
+    with pytest.raises(DataError, match="a.xml"):
+        read_annotation(path)
 
 
 def slow_winding(xy, w, h):
@@ -202,7 +203,7 @@ RINGS = {
 @pytest.mark.parametrize("name", RINGS)
 def test_winding_equals_the_brute_force_loop(name):
     for xy in (RINGS[name], RINGS[name][::-1]):
-        assert np.array_equal(data.winding(xy, 20, 18), slow_winding(xy, 20, 18))
+        assert np.array_equal(winding(xy, 20, 18), slow_winding(xy, 20, 18))
 
 
 @pytest.mark.parametrize("downsample", [1, 2, 4])
@@ -215,7 +216,7 @@ def test_mask_of_a_tile_is_the_union_of_its_rings_less_exclusions(downsample):
         for xy, is_tumour in rings:
             if is_tumour == wanted:
                 slow[slow_winding((xy + 0.5) / downsample - 0.5 - (x, y), w, h) != 0] = wanted
-    fast = data.Annotation(rings).mask(x, y, w, h, downsample)
+    fast = Annotation(rings).mask(x, y, w, h, downsample)
     assert np.array_equal(fast, slow) and 0 < slow.sum() < slow.size
 
 
@@ -407,7 +408,7 @@ def test_an_xml_belongs_to_the_slide_beside_it(tmp_path, capsys):
     ],
 )
 def test_an_xml_that_may_be_of_two_slides_is_refused_and_all_are_named(tmp_path, names, beside):
-    with pytest.raises(data.DataError) as caught:
+    with pytest.raises(DataError) as caught:
         data.find_slides(touch(tmp_path, *names, *beside))
     assert all(str(tmp_path / name) in str(caught.value) for name in names)
     assert not any(str(tmp_path / name) in str(caught.value) for name in beside)
@@ -435,7 +436,7 @@ def test_links_are_followed_and_no_folder_comes_twice(tmp_path):
 def test_a_folder_without_slides_and_a_missing_one_are_named(tmp_path):
     touch(tmp_path, "empty/x.xml", "empty/x_mask.tif", "empty/x.png")
     for folder in ("empty", "missing"):
-        with pytest.raises(data.DataError, match=folder):
+        with pytest.raises(DataError, match=folder):
             data.find_slides(tmp_path / folder)
 
 
@@ -487,7 +488,7 @@ def painted(path, width, height, tissue):
     image = np.full((height, width, 3), 240, np.uint8)
     image[:, :tissue] = (160, 90, 150)
     synthetic.write_slide(path, image, [])
-    return data.Slide(path.with_suffix(".tif"))
+    return Slide(path.with_suffix(".tif"))
 
 
 def test_tissue_is_the_share_of_coloured_pixels(tmp_path):
@@ -515,7 +516,7 @@ def test_an_empty_slide_stays_empty_and_one_without_glass_whole(tmp_path):
     noise = np.random.default_rng(0).integers(0, 5, (256, 256, 3))
     for colour, wanted in ((240, 0), ((160, 90, 150), 1)):
         synthetic.write_slide(tmp_path / "a", (noise + colour).astype(np.uint8), [])
-        share = data.tissue_share(data.Slide(tmp_path / "a.tif"), 0, 64)
+        share = data.tissue_share(Slide(tmp_path / "a.tif"), 0, 64)
         assert (share == wanted).all(), wanted
 
 
@@ -526,7 +527,7 @@ def test_outlines_off_the_slide_are_refused_or_warned_of(tmp_path, capsys):
     on, off = (("_0", "Polygon", SQUARE + shift) for shift in (100, 1000))
     beside = ("_0", "Polygon", SQUARE - (0, 50))
     write_xml(tmp_path / "a.xml", off, beside)
-    with pytest.raises(data.DataError, match="a.xml.*2 Polygon off the slide"):
+    with pytest.raises(DataError, match="a.xml.*2 Polygon off the slide"):
         data.tile_slides([source], 64, 0.5)
     assert not capsys.readouterr().err
     write_xml(tmp_path / "a.xml", on, off)
@@ -573,7 +574,7 @@ def test_another_seed_labels_other_tiles(tiles):
 def test_a_missing_class_is_refused(tiles, label, split):
     table = tiles.table[(tiles.table["label"] != label) | (tiles.table["train"] != split)]
     less = data.Tiles(tiles.sources, tiles.slides, tiles.annotations, 64, table)
-    with pytest.raises(data.DataError, match="cancer|normal"):
+    with pytest.raises(DataError, match="cancer|normal"):
         data.choose_labels(less, 1, 1)
 
 
@@ -624,7 +625,9 @@ def test_workers_give_the_same_tiles_as_none(tiles, method):
     batches = list(data.batches(np.arange(40), 8, (0, 1), 0, 6))
     try:
         workers = {"fork": 2, "spawn": 1}[method]  # to spawn one takes seconds
-        one, two = (list(data.load(tiles, batches, torch.device("cpu"), n)) for n in (0, workers))
+        one, two = (
+            list(data.load_batches(tiles, batches, torch.device("cpu"), n)) for n in (0, workers)
+        )
     finally:
         multiprocessing.set_start_method(before, force=True)
     assert len(one) == 6
@@ -642,7 +645,35 @@ def test_ctrl_c_while_workers_start_is_for_the_process_that_they_work_for(tiles)
     start = Start()
     util.register_after_fork(start, lambda _: signal.raise_signal(signal.SIGINT))
     batches = list(data.batches(np.arange(8), 4, (0, 1), 0, 2))
-    assert len(list(data.load(tiles, batches, torch.device("cpu"), 2))) == 2
+    assert len(list(data.load_batches(tiles, batches, torch.device("cpu"), 2))) == 2
+
+
+def test_ctrl_c_works_again_where_workers_cannot_start(tiles, monkeypatch):
+    """SIGINT stayed blocked: a job that went on could not be interrupted."""
+
+    def fails(_):
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", fails)
+    with pytest.raises(OSError, match="no more"):
+        next(data.load_batches(tiles, [[(0, 0)]], torch.device("cpu"), 2))
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+class Unsendable(torch.utils.data.Dataset):
+    """As the index of 270 slides of CAMELYON, but that is 476 MB, not impossible."""
+
+    def __getitem__(self, key):
+        return torch.zeros(1)
+
+    def __getstate__(self):
+        raise AssertionError("sent to a worker")
+
+
+def test_workers_share_the_index_where_python_would_send_it(monkeypatch):
+    """Python 3.14 starts them by forkserver on Linux."""
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "forkserver")
+    assert len(list(data.load_batches(Unsendable(), [[0]], torch.device("cpu"), 1))) == 1
 
 
 class Late(torch.utils.data.Dataset):
@@ -655,7 +686,7 @@ class Late(torch.utils.data.Dataset):
 
 def test_a_worker_says_nothing_when_its_job_has_ended(capfd):
     """3 of 40 interruptions left a traceback beside the line that says how to go on."""
-    assert len(list(data.load(Late(), [[(0, 0)]], torch.device("cpu"), 1))) == 1
+    assert len(list(data.load_batches(Late(), [[(0, 0)]], torch.device("cpu"), 1))) == 1
     assert capfd.readouterr().err == ""
 
 
@@ -668,24 +699,22 @@ def test_a_worker_that_dies_for_lack_of_shared_memory_is_one_line(tiles, monkeyp
         raise RuntimeError(said)
 
     monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", dies)
-    with pytest.raises(data.DataError, match="--workers 0"):
-        next(data.load(tiles, [[(0, 0)]], torch.device("cpu"), 2))
+    with pytest.raises(DataError, match="--workers 0"):
+        next(data.load_batches(tiles, [[(0, 0)]], torch.device("cpu"), 2))
     said = "a fault of another kind"  # is not explained away
     with pytest.raises(RuntimeError, match="another kind"):
-        next(data.load(tiles, [[(0, 0)]], torch.device("cpu"), 2))
+        next(data.load_batches(tiles, [[(0, 0)]], torch.device("cpu"), 2))
 
 
 def test_bad_input_says_what_it_is_once_however_it_came(tmp_path):
     """A worker's comes as the text of a traceback, with the name of the class before it."""
-    error = data.DataError(
-        "Caught DataError in worker 1.\n  File x\ndata.DataError: error: a.tif: bad"
-    )
+    error = DataError("Caught DataError in worker 1.\n  File x\nslide.DataError: error: a.tif: bad")
     assert str(error) == "error: a.tif: bad" and error.code == str(error)
     assert isinstance(error, SystemExit) and isinstance(error, Exception)
 
 
 def test_slides_are_never_drawn_over_a_folder_that_exists(tmp_path):
     (tmp_path / "mine.tif").touch()
-    with pytest.raises(data.DataError, match="exists"):
+    with pytest.raises(DataError, match="exists"):
         synthetic.make(tmp_path)
     assert (tmp_path / "mine.tif").exists()

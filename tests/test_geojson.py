@@ -7,8 +7,8 @@ import pytest
 from jobs import call, ok, one_line_of
 from test_outline import MASKS
 
-import data
 from extras import geojson, outline
+from slide import read_annotation
 
 
 def box(x, y, w, h):
@@ -28,7 +28,7 @@ def converted(tmp_path, content, *flags):
     path = tmp_path / "slide.geojson"
     path.write_text(json.dumps(content))
     ok(geojson.main, path, *flags)
-    return data.read_annotation(tmp_path / "slide.xml")
+    return read_annotation(tmp_path / "slide.xml")
 
 
 @pytest.mark.parametrize("downsample", [1, 4])
@@ -133,4 +133,4 @@ def test_an_annotation_that_is_there_is_replaced_on_demand_alone(tmp_path):
     assert "slide.xml" in line and "--overwrite" in line and xml.read_text() == "drawn by hand"
     out = ok(geojson.main, tmp_path / "slide.geojson", "--overwrite")
     assert "slide.xml: 1 polygons, 1 of them tumour" in out
-    assert data.read_annotation(xml).mask(0, 0, 9, 9).sum() == 25
+    assert read_annotation(xml).mask(0, 0, 9, 9).sum() == 25

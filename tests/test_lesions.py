@@ -12,6 +12,7 @@ from jobs import call, ok, one_line_of
 
 import data
 from extras import lesions, outline, predict
+from slide import Annotation, Slide
 
 
 def box(x, y, w, h):
@@ -30,7 +31,7 @@ def score(slides, tmp_path, monkeypatch):
         folder.mkdir(exist_ok=True)
         answer = outline.to_polygons(outline.trace([found]), 2)
         outline.write_annotation(folder / f"{source.path.stem}_pred.xml", answer)
-        annotations, slide = [data.Annotation(polygons)], data.Slide(source.path)
+        annotations, slide = [Annotation(polygons)], Slide(source.path)
         tiles = SimpleNamespace(sources=[source], slides=[slide], annotations=annotations)
         tiles.table = np.zeros(1, data.TILE)  # a tile of the slide
         return lesions.score(None, tiles, tmp_path, SimpleNamespace(**predict.DEFAULTS))
@@ -54,7 +55,7 @@ def test_pixels_and_lesions_are_counted(score):
     found[129:140, 39:60] = True  # one pixel of the first micro
     found[300:310, 100:120] = found[330:332, 100:120] = True  # false
     results = score(truth, found)
-    true = data.Annotation(truth).mask(0, 0, 384, 384, 2) == 1
+    true = Annotation(truth).mask(0, 0, 384, 384, 2) == 1
     assert true.sum() == 250 * 60 - 400 + 2 * 900 + 100 + 1
     tp, fp, fn = (true & found).sum(), (found & ~true).sum(), (true & ~found).sum()
     assert results["dsc"] == 2 * tp / (2 * tp + fp + fn) and results["iou"] == tp / (tp + fp + fn)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from loss import ce, dwce, fw, fw_weights, surest
+from loss import ce, dwce, fw, fw_weights, pseudo_masks
 
 LOSSES = {
     "ce": ce,
@@ -94,7 +94,7 @@ def test_the_surest_pixels_of_a_cancer_tile_are_labelled_and_all_of_a_normal_one
     """20 pixels, .8 of them known, a quarter of them tumour: 4 are 1, 12 are 0, 4 are not known."""
     torch.manual_seed(0)
     logits, labels = torch.randn(3, 2, 4, 5), torch.tensor([1, 0, 1])
-    target = surest(logits, labels, known=0.8, share=0.25)
+    target = pseudo_masks(logits, labels, keep=0.8, tumour_share=0.25)
     assert (target[1] == 0).all()
     for tile in (0, 2):
         order = (logits[tile, 1] - logits[tile, 0]).flatten().argsort()

@@ -53,6 +53,25 @@ def test_a_step_moves_its_branch_and_the_encoder_and_nothing_else(which, mine, o
             assert torch.equal(buffer, weights[name]), name
 
 
+def test_psp_upsamples_in_float32_under_amp(monkeypatch):
+    """A GPU adds a bin's gradient up in the map's own type: bfloat16 loses most of the sum."""
+    terms = 0.1 + torch.randn(65_536, generator=torch.Generator().manual_seed(0))
+    total = torch.zeros((), dtype=torch.bfloat16)
+    for term in terms.bfloat16():  # one by one, as atomics do
+        total += term
+    assert total < 0.5 * terms.sum()
+    interpolate, types = F.interpolate, []
+
+    def watched(x, *args, **kwargs):
+        types.append(x.dtype)
+        return interpolate(x, *args, **kwargs)
+
+    monkeypatch.setattr(F, "interpolate", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = PSP(8)(torch.randn(1, 8, 16, 16).bfloat16())
+    assert types == [torch.float32] * len(BINS) and out.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("height, width", [(7, 13), (1, 1), (4, 64), (33, 2)])
 def test_psp_takes_any_size_and_one_tile(height, width):
     psp = PSP(8).train()

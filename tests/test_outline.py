@@ -5,8 +5,8 @@ import functools
 import numpy as np
 import pytest
 
-import data
 from extras import outline
+from slide import Annotation, read_annotation
 
 
 def random_mask(rng):
@@ -63,7 +63,7 @@ def test_outline_to_xml_to_mask_is_the_identity(tmp_path, downsample):
     for n, mask in enumerate([*MASKS, np.ones((3, 5), bool), np.zeros((4, 4), bool)]):
         polygons = outline.to_polygons(outline.trace(strips(mask, 1 + n % 9)), downsample)
         outline.write_annotation(tmp_path / "a.xml", polygons)
-        again = data.read_annotation(tmp_path / "a.xml")
+        again = read_annotation(tmp_path / "a.xml")
         assert len(again.polygons) == len(polygons)
         assert np.array_equal(again.mask(0, 0, *mask.shape[::-1], downsample), mask), mask
         level_0 = np.kron(mask, np.ones((downsample, downsample)))
@@ -85,7 +85,7 @@ def test_specks_and_small_holes_go_with_all_that_is_in_them():
         for region in regions(n):
             inside += region if region.sum() >= least else 0
         rings = outline.trace(strips(mask), least)
-        again = data.Annotation(outline.to_polygons(rings, 1)).mask(0, 0, *mask.shape[::-1])
+        again = Annotation(outline.to_polygons(rings, 1)).mask(0, 0, *mask.shape[::-1])
         assert np.array_equal(again, inside % 2)
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 import data
 import evaluate
 from extras import outline, predict, pyramid, synthetic
+from slide import Annotation, Slide, read_annotation
 
 ENDS = ("_likelihood_map.tif", "_pred.xml", ".geojson", ".png")
 
@@ -126,7 +127,7 @@ def test_openslide_reads_the_same_pixels(predicted):
 
 @pytest.mark.parametrize("overlap, steps", [(0, 1), (0.5, 2), (0.67, 3), (0.75, 4)])
 def test_windows_cover_the_slide_and_have_the_tissue_of_their_squares(slides, overlap, steps):
-    slide, stride = data.Slide(next(slides.glob("test/*.tif"))), 64 // steps
+    slide, stride = Slide(next(slides.glob("test/*.tif"))), 64 // steps
     places = predict.places_with_tissue(slide, 1, 64, overlap).tolist()
     share = data.tissue_share(slide, 1, stride)
     rows, cols = (max(1, -(-(384 - 64) // stride) + 1) for _ in range(2))
@@ -140,15 +141,15 @@ def test_windows_cover_the_slide_and_have_the_tissue_of_their_squares(slides, ov
 
 
 def test_a_slide_smaller_than_a_window_has_one(slides):
-    slide = data.Slide(next(slides.glob("test/*.tif")))
+    slide = Slide(next(slides.glob("test/*.tif")))
     assert predict.places_with_tissue(slide, 3, 128, 0.5).tolist() == [[0, 0]]
 
 
 def test_probabilities_are_the_weighted_means_of_windows_with_tissue(run, slides, predicted):
     """The slow form: one window at a time, in float64, over the whole level at once."""
-    model, _ = evaluate.load(run[0] / "last.pt", device="cpu")
+    model, _ = evaluate.load_model(run[0] / "last.pt", device="cpu")
     path = sorted(slides.glob("test/*.tif"))[0]
-    slide, found = data.Slide(path), page(predicted / f"{path.stem}_likelihood_map.tif")
+    slide, found = Slide(path), page(predicted / f"{path.stem}_likelihood_map.tif")
     lv, score = slide.levels[1], 0
     total, weights = np.zeros((2, lv.height + 64, lv.width + 64))
     ramp = np.array([min(i + 0.5, 63.5 - i) for i in range(64)])
@@ -174,8 +175,8 @@ def test_xml_geojson_and_slides_csv_are_of_one_mask(slides, predicted):
         row, mask = rows[path.stem], page(predicted / f"{path.stem}_likelihood_map.tif") >= 128
         rings = outline.trace([mask], 200)
         lesions = [ring for ring in rings if not ring.is_hole]
-        kept = data.Annotation(outline.to_polygons(rings, 2)).mask(0, 0, 384, 384, 2)
-        annotation = data.read_annotation(predicted / f"{path.stem}_pred.xml")
+        kept = Annotation(outline.to_polygons(rings, 2)).mask(0, 0, 384, 384, 2)
+        annotation = read_annotation(predicted / f"{path.stem}_pred.xml")
         assert np.array_equal(annotation.mask(0, 0, 384, 384, 2), kept)
         features = json.loads((predicted / f"{path.stem}.geojson").read_text())["features"]
         assert len(features) == len(lesions) == int(row["lesions"])
@@ -184,7 +185,7 @@ def test_xml_geojson_and_slides_csv_are_of_one_mask(slides, predicted):
         assert float(row["diameter_mm"]) == pytest.approx(diameter, abs=1e-4)
         assert (int(row["level"]), int(row["bytes"])) == (1, path.stat().st_size)
         assert float(row["um_per_px"]) == 1
-        windows = predict.places_with_tissue(data.Slide(path), 1, 64, 0.5)
+        windows = predict.places_with_tissue(Slide(path), 1, 64, 0.5)
         assert int(row["windows"]) == len(windows)
     assert max(int(row["lesions"]) for row in rows.values()) > 0
 
@@ -208,7 +209,7 @@ def test_simplified_outlines_are_near_the_exact_ones(run, slides, predicted, tmp
     path = max(slides.glob("test/*.tif"), key=lambda p: size_of(predicted, p, "_pred.xml"))
     predict_all(run, tmp_path, "--simplify", 2, path)
     exact, fewer = (
-        data.read_annotation(folder / f"{path.stem}_pred.xml") for folder in (predicted, tmp_path)
+        read_annotation(folder / f"{path.stem}_pred.xml") for folder in (predicted, tmp_path)
     )
     corners = [sum(len(xy) for xy, _ in a.polygons) for a in (exact, fewer)]
     assert corners[1] < corners[0] / 2
@@ -236,7 +237,7 @@ def test_simplified_outlines_differ_in_blocks_that_the_exact_ones_cross_alone(tm
         args = SimpleNamespace(threshold=0.5, min_area=0, simplify=n)
         rings, _ = predict.outlines(tmp_path / "p.tif", 1, args)
         corners.append(sum(len(ring.xy) for ring in rings))
-        masks.append(data.Annotation(outline.to_polygons(rings, n)).mask(0, 0, 304, 528))
+        masks.append(Annotation(outline.to_polygons(rings, n)).mask(0, 0, 304, 528))
     assert np.array_equal(masks[0], p >= 127.5) and corners[1] < corners[0] / side
     blocks = masks[0].reshape(528 // side, side, 304 // side, side)
     crossed = (blocks.min((1, 3)) != blocks.max((1, 3))).repeat(side, 0).repeat(side, 1)
@@ -268,7 +269,7 @@ def test_the_picture_shows_the_slide_and_its_outlines(predicted):
     assert picture.shape == (768, 768, 3)
     yellow = (picture == (255, 230, 0)).all(2)
     assert 100 < yellow.sum() < 60000
-    (xy, _), *_ = data.read_annotation(xml).polygons
+    (xy, _), *_ = read_annotation(xml).polygons
     x, y = xy.clip(2, 765).astype(int).T
     assert yellow[y, x].mean() > 0.5
 
@@ -291,7 +292,7 @@ def test_a_slide_that_fails_is_named_and_the_others_finish(run, slides, tmp_path
     damaged = tmp_path / "damaged.tif"
     shutil.copy(good[0], damaged)
     with damaged.open("r+b") as file:
-        lv = data.Slide(damaged).levels[1]
+        lv = Slide(damaged).levels[1]
         file.seek(int(lv.offsets[lv.counts.argmax()]))
         file.write(bytes(60))
     paths = good[0], bad, damaged, tmp_path / "none.tif", good[1]
@@ -386,7 +387,7 @@ def test_a_slide_on_which_no_tissue_was_found_is_not_called_free_of_tumour(run, 
     assert cells == [""] * 4 and row["windows"] == "0"
     assert page(tmp_path / "out/glass_likelihood_map.tif").shape == (150, 205)
     assert Image.open(tmp_path / "out/glass.png").size == (410, 300)
-    assert not data.read_annotation(tmp_path / "out/glass_pred.xml").polygons
+    assert not read_annotation(tmp_path / "out/glass_pred.xml").polygons
     assert "done before" in ok(predict.main, *argv)
 
 

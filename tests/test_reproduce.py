@@ -19,6 +19,7 @@ import data
 import evaluate
 import train
 from extras import baselines, reproduce, tables
+from slide import DataError
 
 
 class Here:
@@ -62,7 +63,7 @@ def started(monkeypatch):
         if len(started) in started.kill:
             raise KeyboardInterrupt
         if args.epochs == 7:
-            raise data.DataError("seven")
+            raise DataError("seven")
         found = dict.fromkeys(("iou", "dsc_cancer_tiles", "dsc_mean_of_slides"), 0.123456789)
         found["dsc"] = 0.5 + args.pixel_frac / 10 + args.seed / 100
         found |= {"seconds": 60, "accuracy": None}
@@ -88,7 +89,7 @@ def test_every_run_of_every_table_is_a_command_of_train(tmp_path, monkeypatch, f
 
     def keep(argv, method=None):
         commands.append((method, train.parse_args(argv)[0]))
-        raise data.DataError("enough")
+        raise DataError("enough")
 
     monkeypatch.setattr(train, "main", keep)
     monkeypatch.setattr(baselines, "main", lambda argv: keep(argv[1:], argv[0]))
@@ -221,7 +222,7 @@ def test_tables_need_the_rows_alone_and_pictures_the_checkpoints(started, slides
     assert len(started) == 4 and (tmp_path / "strip.png").exists()
     (tmp_path / "runs").rename(tmp_path / "gone")
     assert ok(reproduce.main, "table4", *argv) == out[out.index("| DSC") :]
-    assert "no checkpoint" in one_line_of(*call(reproduce.main, "strip", *argv))
+    assert "not a checkpoint" in one_line_of(*call(reproduce.main, "strip", *argv))
     assert ok(reproduce.main, "fig8", *argv, "--jobs", 0) == "" and len(started) == 4
 
 
@@ -325,7 +326,7 @@ def test_a_worker_trains(slides, tmp_path):
     results = json.loads((out / "results.json").read_text())
     assert row[0] == run and row[1]["dsc"] == pytest.approx(results["dsc"], rel=1e-5)
     assert "train: 8 slides" in (out / "train.log").read_text()
-    evaluate.load(out / "last.pt")
+    evaluate.load_model(out / "last.pt")
 
 
 def test_what_is_not_known_is_refused():

@@ -10,6 +10,7 @@ from PIL import Image
 
 import data
 from extras import synthetic
+from slide import DataError, Slide
 
 BLOCK = 128
 
@@ -124,7 +125,7 @@ def slide_file(tmp_path):
 def test_colours_are_those_of_the_tiff_tag_and_absent_blocks_white(written):
     """libjpeg takes Aperio's RGB blocks for YCbCr; other readers make absent blocks black."""
     path, truth = written
-    slide = data.Slide(path)
+    slide = Slide(path)
     assert np.array_equal(slide.read(0, 0, 0, 300, 200), truth)
     assert slide.levels[0].counts[1] == 0 and (truth[:128, 128:256] == 255).all()
     assert slide.mpp == pytest.approx(0.25)
@@ -133,7 +134,7 @@ def test_colours_are_those_of_the_tiff_tag_and_absent_blocks_white(written):
 
 def test_a_region_is_the_same_wherever_it_starts_and_white_beyond_the_edge(written):
     path, truth = written
-    slide = data.Slide(path)
+    slide = Slide(path)
     padded = np.pad(truth, ((400, 400), (400, 400), (0, 0)), constant_values=255)
     for x, y, w, h in (
         *((0, 0, 128, 128), (100, 60, 150, 90), (-50, -70, 200, 100), (250, 150, 100, 90)),
@@ -151,17 +152,17 @@ def test_blocks_without_tables_decode_with_the_shared_ones(tmp_path):
     whole, block = io.BytesIO(), Image.new("RGB", (256, 256), "white")
     block.paste(Image.fromarray(image))
     block.save(whole, "JPEG", quality=80)
-    read = data.Slide(tmp_path / "a.tif").read(0, 0, 0, 200, 200)
+    read = Slide(tmp_path / "a.tif").read(0, 0, 0, 200, 200)
     assert np.array_equal(read, np.asarray(Image.open(whole))[:200, :200])
 
 
 def test_a_damaged_block_is_named(written):
     path, _ = written
-    slide = data.Slide(path)
+    slide = Slide(path)
     with open(path, "r+b") as file:
         file.seek(slide.levels[0].offsets[0])
         file.write(bytes(50))
-    with pytest.raises(data.DataError, match="a.tif: block 0 at 1/1 is damaged"):
+    with pytest.raises(DataError, match="a.tif: block 0 at 1/1 is damaged"):
         slide.read(0, 0, 0, 10, 10)
     slide.read(0, 260, 140, 10, 10)  # another block is whole
 
@@ -172,8 +173,8 @@ def test_a_damaged_block_is_named(written):
 def test_the_largest_page_is_level_0_wherever_it_stands(tmp_path):
     """Smallest page first made level 0 of the smallest: no outline met its tile, all was normal."""
     images = halves(picture(5))
-    flat = data.Slide(write(tmp_path / "flat.tif", images))
-    other = data.Slide(write(tmp_path / "reversed.tif", images[::-1]))
+    flat = Slide(write(tmp_path / "flat.tif", images))
+    other = Slide(write(tmp_path / "reversed.tif", images[::-1]))
     assert (
         sizes_of(other)
         == sizes_of(flat)
@@ -191,8 +192,8 @@ def test_the_largest_page_is_level_0_wherever_it_stands(tmp_path):
 def test_a_pyramid_in_subifds_equals_the_same_one_in_pages(tmp_path):
     """OME-TIFF: unread SubIFDs left level 0 alone, four times finer than what was asked for."""
     images = halves(picture(6))
-    flat = data.Slide(write(tmp_path / "flat.tif", images))
-    nested = data.Slide(write(tmp_path / "nested.tif", images, subifds=True))
+    flat = Slide(write(tmp_path / "flat.tif", images))
+    nested = Slide(write(tmp_path / "nested.tif", images, subifds=True))
     with tifffile.TiffFile(tmp_path / "nested.tif") as tif:
         assert len(tif.pages) == 1
     assert sizes_of(nested) == sizes_of(flat) and len(flat.levels) == 4
@@ -204,25 +205,25 @@ def test_a_pyramid_in_subifds_equals_the_same_one_in_pages(tmp_path):
 def test_a_macro_larger_than_the_pyramid_is_refused(tmp_path):
     """It would be level 0, and the slide itself nothing but pages of another factor."""
     pages = [picture(1, 900, 310), *halves(picture(7), 3)]
-    with pytest.raises(data.DataError, match="a.tif: only 1 of its 4 tiled pages .* 900 px wide"):
-        data.Slide(write(tmp_path / "a.tif", pages))
+    with pytest.raises(DataError, match="a.tif: only 1 of its 4 tiled pages .* 900 px wide"):
+        Slide(write(tmp_path / "a.tif", pages))
 
 
 def test_a_tiled_thumbnail_of_another_shape_is_no_level(tmp_path):
     pages = [*halves(picture(7), 3), picture(1, 150, 60)]
-    slide = data.Slide(write(tmp_path / "a.tif", pages))
+    slide = Slide(write(tmp_path / "a.tif", pages))
     assert sizes_of(slide) == [(300, 200, 1), (150, 100, 2), (75, 50, 4)]
 
 
 def test_levels_by_three_are_refused(tmp_path):
     """Only halves are read; a silent 4 x finer level would train a model on other tissue."""
     pages = [picture(7, 300, 210), picture(1, 100, 70)]
-    with pytest.raises(data.DataError, match="a.tif: only 1 of its 2 tiled pages"):
-        data.Slide(write(tmp_path / "a.tif", pages))
+    with pytest.raises(DataError, match="a.tif: only 1 of its 2 tiled pages"):
+        Slide(write(tmp_path / "a.tif", pages))
 
 
 def test_a_level_far_from_the_wanted_one_is_named(slide_file, capsys):
-    slide = data.Slide(slide_file)
+    slide = Slide(slide_file)
     assert slide.nearest_level(0.3) == 0 and not capsys.readouterr().err
     assert slide.nearest_level(0.1) == 0
     said = capsys.readouterr().err
@@ -230,12 +231,12 @@ def test_a_level_far_from_the_wanted_one_is_named(slide_file, capsys):
 
 
 def test_the_level_is_the_nearest_in_um_per_px_or_the_one_asked_for(slide_file):
-    slide = data.Slide(slide_file)
+    slide = Slide(slide_file)
     assert [slide.nearest_level(mpp) for mpp in (0.1, 0.25, 0.34, 0.37, 1, 9)] == [0, 0, 0, 1, 2, 3]
     slide.mpp = None
     assert slide.nearest_level(0.5, 1) == 1
     for level in (None, 4, -1):
-        with pytest.raises(data.DataError, match="a.tif: no um/px.*--level, 0 to 3"):
+        with pytest.raises(DataError, match="a.tif: no um/px.*--level, 0 to 3"):
             slide.nearest_level(0.5, level)
 
 
@@ -244,7 +245,7 @@ def test_philips_levels_are_halves_by_their_order_whatever_their_padding(tmp_pat
     images = halves(picture(8, 600, 350, glass=False))
     sizes = [(-(-len(i) // BLOCK) * BLOCK, -(-len(i[0]) // BLOCK) * BLOCK) for i in images]
     text = "DPUfsImport"
-    slide = data.Slide(write(tmp_path / "a.tif", images, sizes=sizes, description=text))
+    slide = Slide(write(tmp_path / "a.tif", images, sizes=sizes, description=text))
     assert sizes_of(slide) == [(640, 384, 1), (320, 192, 2), (160, 96, 4), (80, 48, 8)]
 
 
@@ -270,7 +271,7 @@ PHILIPS = (
 )
 def test_resolution_is_found_where_scanners_write_it(tmp_path, text, mpp):
     """A decimal comma was read as no resolution at all."""
-    slide = data.Slide(write(tmp_path / "a.tif", [picture(1)], mpp=None, description=text))
+    slide = Slide(write(tmp_path / "a.tif", [picture(1)], mpp=None, description=text))
     assert slide.mpp == pytest.approx(mpp)
 
 
@@ -287,19 +288,19 @@ def test_resolution_is_found_where_scanners_write_it(tmp_path, text, mpp):
 )
 def test_resolution_is_in_the_unit_of_its_tag(slide_file, unit, resolution, mpp):
     patch(slide_file, ResolutionUnit=unit, XResolution=resolution)
-    assert data.Slide(slide_file).mpp == pytest.approx(mpp)
+    assert Slide(slide_file).mpp == pytest.approx(mpp)
 
 
 def test_a_missing_unit_is_inch_as_tiff_has_it(slide_file):
     patch(slide_file, XResolution=(50_800, 1))
     rename_tag(slide_file, "ResolutionUnit", 297)
-    assert data.Slide(slide_file).mpp == pytest.approx(0.5)
+    assert Slide(slide_file).mpp == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("text", [b"scanned at 5 \xb5m", b"\x81\xff\xfe \x00 \x8d", b"\xc3"])
 def test_a_description_that_is_no_ascii_loses_only_itself(tmp_path, text):
     tags = [(270, 2, len(text) + 1, text + b"\0", True)]
-    slide = data.Slide(write(tmp_path / "a.tif", [picture(1)], extratags=tags))
+    slide = Slide(write(tmp_path / "a.tif", [picture(1)], extratags=tags))
     assert slide.mpp == pytest.approx(0.25)
 
 
@@ -310,8 +311,8 @@ def test_a_description_that_is_no_ascii_loses_only_itself(tmp_path, text):
 def test_a_truncated_file_fails_at_open_not_at_tile_10_000(slide_file, share, tmp_path):
     raw = slide_file.read_bytes()
     (tmp_path / "cut.tif").write_bytes(raw[: int(share * len(raw))])
-    with pytest.raises(data.DataError, match="cut.tif"):
-        data.Slide(tmp_path / "cut.tif")
+    with pytest.raises(DataError, match="cut.tif"):
+        Slide(tmp_path / "cut.tif")
 
 
 def test_a_file_cut_after_a_page_is_truncated_not_a_smaller_pyramid(slide_file, tmp_path):
@@ -321,8 +322,8 @@ def test_a_file_cut_after_a_page_is_truncated_not_a_smaller_pyramid(slide_file, 
         starts = [tif.pages[k].offset for k in range(1, len(tif.pages))]
     for start in starts:
         (tmp_path / "cut.tif").write_bytes(raw[:start])
-        with pytest.raises(data.DataError, match="cut.tif: truncated"):
-            data.Slide(tmp_path / "cut.tif")
+        with pytest.raises(DataError, match="cut.tif: truncated"):
+            Slide(tmp_path / "cut.tif")
 
 
 def test_a_cyclic_chain_of_pages_ends(slide_file):
@@ -334,8 +335,8 @@ def test_a_cyclic_chain_of_pages_ends(slide_file):
     struct.pack_into("<Q", raw, last + 8 + 20 * tags, first)
     slide_file.write_bytes(raw)
     try:
-        assert len(data.Slide(slide_file).levels) == 4
-    except data.DataError as error:
+        assert len(Slide(slide_file).levels) == 4
+    except DataError as error:
         assert "a.tif" in str(error)
 
 
@@ -350,38 +351,38 @@ def test_a_cyclic_chain_of_pages_ends(slide_file):
 def test_other_kinds_of_tiff_are_refused_with_what_they_are(tmp_path, name, found, options):
     path, image = tmp_path / f"{name}.tif", np.zeros((64, 64, 3), np.uint8)
     tifffile.imwrite(path, image, photometric="rgb", **options)
-    with pytest.raises(data.DataError, match=f"{name}.tif.*{found}.*; convert it"):
-        data.Slide(path)
+    with pytest.raises(DataError, match=f"{name}.tif.*{found}.*; convert it"):
+        Slide(path)
 
 
 @pytest.mark.parametrize("raw", [b"no picture", b"", b"II*\0", b"\x89PNG\r\n\x1a\n", None])
 def test_text_and_empty_and_missing_files_are_named(tmp_path, raw):
     if raw is not None:
         (tmp_path / "other.tif").write_bytes(raw)
-    with pytest.raises(data.DataError, match="other.tif") as caught:
-        data.Slide(tmp_path / "other.tif")
+    with pytest.raises(DataError, match="other.tif") as caught:
+        Slide(tmp_path / "other.tif")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("code, name", [(33005, "JP2000"), (5, "LZW"), (50001, "WEBP")])
 def test_other_codecs_are_refused_by_their_name(slide_file, code, name):
     patch(slide_file, Compression=code)
-    with pytest.raises(data.DataError, match=f"a.tif.*{name}"):
-        data.Slide(slide_file)
+    with pytest.raises(DataError, match=f"a.tif.*{name}"):
+        Slide(slide_file)
 
 
 @pytest.mark.parametrize("tag", ["ImageWidth", "ImageLength", "TileWidth", "TileLength"])
 @pytest.mark.parametrize("size", [0, 10**9])
 def test_sizes_that_cannot_be_are_refused_before_memory_is_taken(slide_file, tag, size):
     patch(slide_file, **{tag: size})
-    with pytest.raises(data.DataError, match="a.tif"):
-        data.Slide(slide_file)
+    with pytest.raises(DataError, match="a.tif"):
+        Slide(slide_file)
 
 
 def test_a_slide_whose_smallest_level_is_huge_is_refused_not_read(tmp_path):
     """One level of 10^9 px, almost all of it absent: its tissue would need gigabytes."""
     path = write(tmp_path / "a.tif", [picture(1)])
-    slide = data.Slide(path)
+    slide = Slide(path)
     slide.levels[0] = slide.levels[0]._replace(width=10**5, height=10**4)
-    with pytest.raises(data.DataError, match="a.tif: its smallest level"):
+    with pytest.raises(DataError, match="a.tif: its smallest level"):
         data.tissue_share(slide, 0, 64)

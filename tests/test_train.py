@@ -1,6 +1,7 @@
 """The jobs as users run them: train, resume, evaluate, bad input; and one run that must learn."""
 
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -32,6 +33,7 @@ import loss
 import train
 from extras import synthetic
 from model import Network
+from slide import Slide
 
 SMALL = TINY[: TINY.index("--epochs")] + TINY[TINY.index("--device") :]  # epochs as they come
 
@@ -81,7 +83,7 @@ def test_a_run_leaves_what_the_readme_says(run):
     names = {"last.pt", "log.jsonl", "tiles.csv", "results.json", "pictures"}
     assert {p.name for p in folder.iterdir()} == names
     checkpoint = checkpoint_of(folder)
-    assert set(checkpoint) == {"model", "optimizer", "iteration", "key", "args"}
+    assert set(checkpoint) == {"model", "optimizer", "iteration", "fingerprint", "args"}
     lines = log_of(folder)
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4, 5]
     assert "loss_cls" not in lines[0] and "loss_cls" in lines[1]  # pre-training, then both
@@ -205,7 +207,7 @@ def test_every_kind_of_run_ends(few, tmp_path, flags):
 @pytest.mark.parametrize("epochs, pretraining", [(1, 0), (2, 1), (9, 1), (20, 2), (50, 5)])
 def test_a_tenth_of_the_epochs_is_pretraining(epochs, pretraining):
     args, _ = train.parse_args(["--data", "x", "--epochs", str(epochs)])
-    assert args.pretrain_epochs == pretraining
+    assert train.pretrain_epochs(args) == pretraining
 
 
 def test_the_command_of_the_readme_runs(few, tmp_path, monkeypatch):
@@ -239,16 +241,78 @@ def test_a_run_resumed_at_an_epochs_end_equals_an_uninterrupted_one(few, whole, 
     argv = ["--data", few, "--out", half, *TINY, "--epochs", 3, "--workers", workers]
     for epoch in (1, 2):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "save", after(1, save, lambda: sys.exit("stopped")))
+            patch.setattr(train, "save", after(2, save, lambda: sys.exit("stopped")))
             assert one_line_of(*call(train.main, *argv)) == "stopped"
         assert checkpoint_of(half)["iteration"] * 3 == checkpoint_of(whole)["iteration"] * epoch
         assert not (half / "results.json").exists()
-        argv = ["--resume", half / "last.pt"]
+        argv = ["--resume", half / "last.pt", "--workers", workers]
     assert "going on after epoch 2 of 3" in ok(train.main, *argv)
     assert_equal_runs(whole, half)
     if not workers:
         ok(train.main, *argv)  # once more: all is done, and the same comes out
         assert_equal_runs(whole, half)
+
+
+def test_a_run_with_labels_first_resumes_bit_for_bit_and_each_step_takes_its_batches(
+    few, tmp_path, monkeypatch
+):
+    """Step 2 alone for the first epoch of three, then both; the log has what a step did."""
+    drawn, read = [], data.batches
+
+    def watched(rows, batch_size, seed, first, last):
+        drawn.append((seed[1], first, last))
+        return read(rows, batch_size, seed, first, last)
+
+    monkeypatch.setattr(data, "batches", watched)
+    argv = ["--data", few, *TINY[: TINY.index("--epochs")], "--epochs", 3, "--device", "cpu"]
+    argv += ["--pretrain", "labels", "--out"]
+    ok(train.main, *argv, tmp_path / "whole")
+    once = checkpoint_of(tmp_path / "whole")["iteration"] // 3
+    assert drawn[:2] == [(11, once, 3 * once), (12, 0, 3 * once)]
+    kinds = [(("loss_seg" in line), ("loss_cls" in line)) for line in log_of(tmp_path / "whole")]
+    assert kinds == [(False, True), (True, True), (True, True)]
+    for stop in (2, 3):  # after the first epoch, after the second
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "save", after(2, train.save, lambda: sys.exit("stopped")))
+            call(train.main, *argv, tmp_path / "half")
+        argv = ["--resume", tmp_path / "half/last.pt", "--out"]
+        assert checkpoint_of(tmp_path / "half")["iteration"] == (stop - 1) * once
+    ok(train.main, *argv, tmp_path / "half")
+    assert_equal_runs(tmp_path / "whole", tmp_path / "half")
+
+
+def test_a_checkpoint_goes_on_in_another_folder_and_without_its_log(few, whole, tmp_path):
+    """A traceback in place of this: last.pt was copied alone, or --out was another folder."""
+    (tmp_path / "a").mkdir()
+    shutil.copy(whole / "last.pt", tmp_path / "a")
+    ok(train.main, "--resume", tmp_path / "a/last.pt", "--epochs", 4)
+    assert [line["epoch"] for line in log_of(tmp_path / "a")] == [4]
+    ok(train.main, "--resume", whole / "last.pt", "--epochs", 4, "--out", tmp_path / "b")
+    assert [line["epoch"] for line in log_of(tmp_path / "b")] == [1, 2, 3, 4]
+    assert checkpoint_of(whole)["iteration"] * 4 == checkpoint_of(tmp_path / "b")["iteration"] * 3
+
+
+def test_a_run_of_another_machine_goes_on_on_the_device_of_this_one(whole, tmp_path):
+    """A checkpoint of a GPU ended in a traceback on a laptop, one of a laptop kept off the GPU."""
+    checkpoint = checkpoint_of(whole)
+    checkpoint["args"] |= {"device": "mps", "workers": 99}
+    torch.save(checkpoint, tmp_path / "last.pt")
+    args, _ = train.parse_args(["--resume", str(tmp_path / "last.pt")])
+    assert (args.device, args.workers) == tuple(evaluate.MACHINE.values())
+
+
+def test_the_loops_workers_end_before_tiles_are_scored(few, tmp_path, monkeypatch):
+    """On a GPU machine 16 of them stayed while others read the test tiles."""
+    alive = []
+    count = evaluate.count
+
+    def watched(*args):
+        alive.append(len(multiprocessing.active_children()))
+        return count(*args)
+
+    monkeypatch.setattr(evaluate, "count", watched)
+    ok(train.main, "--data", few, "--out", tmp_path / "r", *TINY, "--workers", 1)
+    assert alive == [0]
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(whole, tmp_path, monkeypatch):
@@ -281,13 +345,15 @@ def test_ctrl_c_says_how_to_go_on_and_that_command_goes_on(few, whole, tmp_path,
     assert_equal_runs(whole, half)
 
 
-def test_ctrl_c_in_the_first_epoch_names_no_checkpoint_that_is_not_there(
-    few, tmp_path, monkeypatch
-):
+def test_ctrl_c_in_the_first_epoch_can_be_resumed_too(few, whole, tmp_path, monkeypatch):
+    """The checkpoint of iteration 0 is written before the first one."""
     press = after(9, data.Tiles.__getitem__, lambda: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr(data.Tiles, "__getitem__", press)
-    line = one_line_of(*call(train.main, "--data", few, "--out", tmp_path / "r", *TINY))
-    assert line.startswith("interrupted") and "--resume" not in line
+    argv = ["--data", few, "--out", tmp_path / "r", *TINY, "--epochs", 3]
+    line = one_line_of(*call(train.main, *argv))
+    monkeypatch.undo()
+    ok(train.main, *shlex.split(line.split(": python train.py ")[1]))
+    assert_equal_runs(whole, tmp_path / "r")
 
 
 def test_ctrl_c_of_a_terminal_ends_workers_too_and_leaves_one_line(few, tmp_path):
@@ -320,6 +386,10 @@ def test_ctrl_c_of_a_terminal_ends_workers_too_and_leaves_one_line(few, tmp_path
         ("--width 0", "of 4"),
         ("--epochs 0", "at least 1"),
         ("--pretrain-epochs 2", "no epoch is left"),
+        ("--pretrain labels --image-frac 0", "--image-frac"),
+        ("--batch-size 0", "--batch-size"),
+        ("--device gpu", "--device"),
+        ("--device cuda:99", "--device"),
         ("--lr x", "invalid float value"),
         ("--tile 4096", "4096"),
         ("--data {tmp}/empty", "{tmp}/empty"),
@@ -330,6 +400,7 @@ def test_ctrl_c_of_a_terminal_ends_workers_too_and_leaves_one_line(few, tmp_path
         ("--resume {tmp}/no.pt", "no.pt"),
         ("--resume {tmp}/foreign.pt", "foreign.pt"),
         ("--resume {run}/last.pt --width 16", "{run}/last.pt"),
+        ("--resume {run}/last.pt --batch-size 4", "--batch-size"),
         ("--resume {run}/last.pt --pixel-frac 0.5", "{run}/last.pt"),
         ("--resume {run}/last.pt --data {tmp}/changed", "{run}/last.pt"),
         ("--resume {run}/last.pt --data {tmp}/fewer", "{run}/last.pt"),
@@ -363,7 +434,7 @@ def test_bad_input_to_train_gets_a_line_and_changes_nothing(whole, few, tmp_path
 def test_a_block_damaged_in_the_file_is_named_in_one_line(few, tmp_path, workers):
     shutil.copytree(few, tmp_path / "slides")
     path = tmp_path / "slides/train/synthetic_003.tif"
-    lv = data.Slide(path).levels[1]
+    lv = Slide(path).levels[1]
     with path.open("r+b") as file:
         for offset, count in zip(lv.offsets, lv.counts, strict=True):
             file.seek(offset)
@@ -407,7 +478,7 @@ def test_the_device_is_the_machines_not_that_of_training(run, tmp_path):
     checkpoint = checkpoint_of(run[0])
     checkpoint["args"]["device"] = "mps"
     torch.save(checkpoint, tmp_path / "last.pt")
-    assert evaluate.load(tmp_path / "last.pt")[1].device == evaluate.DEVICE
+    assert evaluate.load_model(tmp_path / "last.pt")[1].device == evaluate.MACHINE["device"]
 
 
 def test_counts_are_those_of_a_loop_over_pixels_whatever_the_batch(run, slides):

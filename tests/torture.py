@@ -24,6 +24,7 @@ from jobs import TINY, assert_equal_runs, checkpoint_of, start
 import data
 import evaluate
 from extras import synthetic
+from slide import DataError, Slide, read_annotation
 
 pytestmark = pytest.mark.slow
 SHARE = float(os.environ.get("TORTURE", 1))
@@ -153,7 +154,7 @@ def in_a_fork(function, path):
         try:
             function(path)
             said = "read"
-        except data.DataError as error:
+        except DataError as error:
             said = "refused" if path.name in str(error) and "\n" not in str(error) else repr(error)
         except BaseException as error:
             said = repr(error)
@@ -195,7 +196,7 @@ def check_mutants(tmp_path, count, files, kinds, function, suffix):
 
 def read_slide(path):
     """What train.py does with a slide: open, look for tissue, read."""
-    slide = data.Slide(path)
+    slide = Slide(path)
     data.tissue_share(slide, 0, 512)
     for k, lv in enumerate(slide.levels):
         for x, y in ((0, 0), (lv.width - 70, lv.height - 70), (lv.width // 2, lv.height // 2)):
@@ -245,7 +246,7 @@ def test_damaged_annotations_are_read_or_refused(tmp_path):
         return (text + "</ASAP_Annotations>").encode()
 
     def read_outlines(path):
-        annotation = data.read_annotation(path)
+        annotation = read_annotation(path)
         for xy, _ in annotation.polygons[:3]:
             annotation.mask(*(xy.min(0) // 2).astype(int), 512, 512, 2)
 
@@ -259,7 +260,7 @@ def test_damaged_checkpoints_are_read_or_refused_and_never_run(whole, tmp_path):
             return os.system, (f"touch {tmp_path}/ran",)
 
     def strange(_, rng):
-        name = rng.choice(("model", "args", "key", "new"))
+        name = rng.choice(("model", "args", "fingerprint", "new"))
         torch.save(checkpoint_of(whole[0]) | {name: Stranger()}, tmp_path / "stranger.pt")
         return (tmp_path / "stranger.pt").read_bytes()
 
