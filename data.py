@@ -86,7 +86,7 @@ def find_slides(root, seed=0):
     incomplete = [s.name for s in sources if s.path.stem.lower() in INCOMPLETE]
     warn("slides left out: no XML and not known as normal, or outside train and test", left_out)
     warn("patients are both in train and in test", sorted(train & test))
-    warn("slides are not outlined in full, 'normal' tiles of theirs may be tumour", incomplete)
+    warn("slides are not outlined in full; their 'normal' tiles may be tumour", incomplete)
     return sources
 
 

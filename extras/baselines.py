@@ -155,7 +155,7 @@ def mil(args, model, tiles, mask_rows, label_rows, total, pretrain):
 
 def transfer(args, model, tiles, mask_rows, label_rows, total, pretrain):
     """Train [30]: encoder and head on labels, then with a new Adam encoder and decoder on masks."""
-    # Deviation: the paper does not tell how [30], a classifier, segments; here all of step 2 comes
+    # Deviation: the paper does not say how [30], a classifier, segments; here all of step 2 comes
     # before all of step 1, because only the alternation is missing then.
     seg_loss_fn, cls_loss_fn = train.losses(args, tiles, mask_rows, label_rows)
     adam = torch.optim.Adam(model.parameters())

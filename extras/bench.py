@@ -84,8 +84,8 @@ def reads(path):
                     read(x, y, side)
                 ms[n, k] = (time.process_time() - start) / PLACES * 1e3
         ms = ms[1:]  # the first round warms up
-        found = zip(np.median(ms, 0), np.median(ms / ms[:, :1], 0))
-        print(f"| {side} px, {place} |", *(f"{t:.2f}, {ratio:.2f} |" for t, ratio in found))
+        medians = zip(np.median(ms, 0), np.median(ms / ms[:, :1], 0))
+        print(f"| {side} px, {place} |", *(f"{t:.2f}, {ratio:.2f} |" for t, ratio in medians))
 
 
 def step(network, adam, branch, tiles, target, way):
@@ -95,7 +95,7 @@ def step(network, adam, branch, tiles, target, way):
 
 
 def steps(width, tile, batch=8):
-    """Print the time of both steps of train.py on tiles of noise: of a GPU, or CPU time."""
+    """Print the time of both steps of train.py on tiles of noise: GPU time, or CPU time."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clock = {} if device.type == "cuda" else {"timer": time.process_time}
     tiles = torch.randint(256, (batch, 3, tile, tile), dtype=torch.uint8, device=device)

@@ -83,8 +83,8 @@ def main(argv=None):
     add("--overwrite", action="store_true", help="predict slides anew that are done")
     add("--device", choices=evaluate.DEVICES, help="default: the GPU if there is one")
     add("--workers", type=int, help="processes that read windows")
-    given = parser.parse_args(argv)
-    model, args = evaluate.load_model(given.ckpt, **predict.DEFAULTS | vars(given))
+    options = parser.parse_args(argv)
+    model, args = evaluate.load_model(options.ckpt, **predict.DEFAULTS | vars(options))
     tiles = evaluate.find_tiles(args, args.split)
     out = Path(args.ckpt).parent / "whole_slides"
     results = score(model, tiles, out, args)

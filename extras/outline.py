@@ -1,4 +1,4 @@
-"""Outlines of a mask: the inverse of data.Annotation.mask, exact to the pixel; ASAP's XML of them.
+"""Outlines of a mask: the inverse of slide.Annotation.mask, exact to the pixel; ASAP's XML of them.
 
     rings = trace(strips)                   # a mask in strips of rows, (h, W) bool, top to bottom
     polygons = to_polygons(rings, 4)        # [(xy, is_tumour)] in level-0 pixels, downsample 4
@@ -72,15 +72,15 @@ def corners(strips):
     """Places where outlines turn -> x, y, code (see TURNS), row by row."""
     strips = iter(strips)
     first = next(strips)
-    found, top, above = [np.zeros((3, 0), int)], 0, np.zeros_like(first[:1])
+    parts, top, above = [np.zeros((3, 0), int)], 0, np.zeros_like(first[:1])
     for strip in chain([first], strips, [above]):  # background above, and below
         if above.any() or strip.any():
             a = np.pad(np.concatenate([above, strip]), ((0, 0), (1, 1))).view(np.uint8)
             code = a[:-1, :-1] | a[:-1, 1:] << 1 | a[1:, :-1] << 2 | a[1:, 1:] << 3
             y, x = np.nonzero(TURNS[code])
-            found.append(np.stack([x, y + top, code[y, x]]))
+            parts.append(np.stack([x, y + top, code[y, x]]))
         top, above = top + len(strip), strip[-1:]
-    return np.concatenate(found, 1)
+    return np.concatenate(parts, 1)
 
 
 def left_of(rings, xy):
@@ -97,8 +97,8 @@ def left_of(rings, xy):
     place = (np.arange(len(edge)) - (rows.cumsum() - rows - top)[edge]) << 32 | x[edge]
     order = place.argsort()
     n = np.searchsorted(place[order], xy[:, 1] << 32 | xy[:, 0]) - 1
-    found = order[n]
-    return np.where((n >= 0) & (place[found] >> 32 == xy[:, 1]), ring[edge[found]], -1)
+    edge_left = order[n]
+    return np.where((n >= 0) & (place[edge_left] >> 32 == xy[:, 1]), ring[edge[edge_left]], -1)
 
 
 def lesion_at(rings, pixels):

@@ -68,8 +68,8 @@ def outlines(probability, mpp, args):
     block = max(1, args.simplify)
     for _ in range(block.bit_length() - 1):
         strips = pyramid.halve(strips)
-    found = (strip >= 255 * args.threshold for strip in strips)
-    return outline.trace(found, args.min_area / (mpp * block) ** 2), block
+    masks = (strip >= 255 * args.threshold for strip in strips)
+    return outline.trace(masks, args.min_area / (mpp * block) ** 2), block
 
 
 def write_picture(path, slide, polygons):
@@ -91,8 +91,8 @@ def is_done(path, out, settings):
             done = {row["slide"]: row for row in csv.DictReader(file)}.get(path.stem)  # the last
     for name, value in settings.items() if done else ():
         if done[name] != str(value):
-            found = f"done with {name} {done[name]}, not {value}"
-            raise DataError(f"{path}: {found}; --overwrite to redo it, or another --out")
+            finding = f"done with {name} {done[name]}, not {value}"
+            raise DataError(f"{path}: {finding}; --overwrite to redo it, or another --out")
     return bool(done)
 
 
@@ -119,13 +119,13 @@ def predict_slide(model, path, out, args):
         warn(f"{path}: um/px unknown, taken for the {mpp:g} of training at level {k}")
     places, scores = places_with_tissue(slide, k, args.tile, args.overlap).tolist(), []
     if not places:
-        warn(f"{path}: no tissue was found, nothing was looked at")
+        warn(f"{path}: no tissue found; nothing predicted")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=f".{path.stem}.") as part:
         ends = "_likelihood_map.tif", ".png", ".geojson", "_pred.xml"
         files = tif, png, qupath, xml = [Path(part, path.stem + end) for end in ends]
-        found = predict_windows(model, Windows(slide, k, args.tile), places, args, scores)
-        strips = pyramid.blend(found, args.tile, lv.width, lv.height)
+        predicted = predict_windows(model, Windows(slide, k, args.tile), places, args, scores)
+        strips = pyramid.blend(predicted, args.tile, lv.width, lv.height)
         pyramid.write(tif, strips, lv.width, lv.height, mpp)
         rings, block = outlines(tif, mpp, args)
         polygons = outline.to_polygons(rings, lv.downsample * block)
@@ -166,27 +166,27 @@ def main(argv=None):
     add("--workers", type=int, help="processes that read windows (as in training)")
     add("--device", choices=evaluate.DEVICES, help="default: the GPU if there is one")
     parser.set_defaults(**DEFAULTS)
-    given = parser.parse_args(argv)
-    if not (0 <= given.overlap <= 0.9 and 0 < given.threshold <= 1 and given.min_area >= 0):
+    options = parser.parse_args(argv)
+    if not (0 <= options.overlap <= 0.9 and 0 < options.threshold <= 1 and options.min_area >= 0):
         parser.error("--overlap is 0 to 0.9, --threshold above 0, to 1, --min-area 0 or more")
-    model, args = evaluate.load_model(given.ckpt, **vars(given))
-    out, failed = given.out or Path(given.ckpt).parent / "predictions", 0
+    model, args = evaluate.load_model(options.ckpt, **vars(options))
+    out, failed = options.out or Path(options.ckpt).parent / "predictions", 0
     # slides/*.tif also finds what an earlier call has put beside the slides.
-    slides = [p for p in given.slides if not p.stem.lower().endswith(data.NO_SLIDES)]
+    slides = [p for p in options.slides if not p.stem.lower().endswith(data.NO_SLIDES)]
     if not slides:
-        raise DataError(f"{given.slides[0]}: masks or predictions alone; give the slides")
+        raise DataError(f"{options.slides[0]}: masks or predictions alone; give the slides")
     name, count = Counter(path.stem for path in slides).most_common(1)[0]
     if count > 1:
-        raise DataError(f"{name}: {count} slides of that name; give each an --out of its own")
+        raise DataError(f"{name}: {count} slides of that name; predict each into another --out")
     table = out / "slides.csv"
     if table.exists() and table.read_text("utf-8").split("\n")[0] != ",".join(FIELDS):
         raise DataError(f"{table}: has columns of another version; give another --out")
     for path in slides:
         try:
             predict_slide(model, path, out, args)
-        except Exception as error:  # whatever it is, the other slides shall finish
-            said = error if isinstance(error, DataError) else f"error: {path}: {error!r}"
-            print(said, file=sys.stderr)
+        except Exception as error:  # of any type: the other slides are still predicted
+            message = error if isinstance(error, DataError) else f"error: {path}: {error!r}"
+            print(message, file=sys.stderr)
             failed += 1
     if failed:
         sys.exit(f"{failed} of {len(slides)} slides failed")

@@ -65,7 +65,7 @@ def read_strips(path, level=0):
 
 
 def halve(strips):
-    """Strips -> strips of the 2 x 2 means; at an odd edge, of what is there."""
+    """Strips -> strips of the 2 x 2 means; at an odd edge, of the pixels there are."""
     halves = (np.asarray(Image.fromarray(strip).reduce(2)) for strip in strips)
     for upper in halves:
         yield np.concatenate([upper, next(halves, upper[:0])])

@@ -32,8 +32,8 @@ from extras import baselines
 from extras.tables import markdown, tables
 from slide import DataError
 
-VARIED = "seed pixel_frac image_frac label_unit alpha beta cls_loss seg_loss self_train".split()
-VARIED += ["pretrain"]
+VARIED = "seed pixel_frac image_frac label_unit alpha beta cls_loss seg_loss".split()
+VARIED += ["self_train", "pretrain"]
 FIGURES = "dsc", "iou", "accuracy", "dsc_cancer_tiles", "slide_dsc", "seconds"
 PICTURES = {"fig5": 0.5, "fig7": 0, "fig8": 0.75, "strip": None}  # share of tumour in the tiles
 SIDE, HEAD, GAP = 224, 20, 6  # px of a panel: its tile, the text above, space to the next
@@ -41,12 +41,12 @@ GREEN, YELLOW = (0, 200, 0), (255, 230, 0)  # truth, prediction
 
 
 def settings(run):
-    """Arguments of train.py -> flags that all runs of a sweep share; of --data the last name."""
-    said = run | {"data": run["data"] and Path(run["data"]).resolve().name}
+    """Arguments of train.py -> flags that all runs share; for --data the name of its folder."""
+    shared = run | {"data": run["data"] and Path(run["data"]).resolve().name}
     own = *VARIED, "resume", "out", "device", "workers"
-    said = {k: str(v) for k, v in said.items() if k not in own}
-    said = {k.replace("_", "-"): v for k, v in said.items() if v not in ("None", "False")}
-    return " ".join(f"--{k} {v}".removesuffix(" True") for k, v in said.items())
+    shared = {k: str(v) for k, v in shared.items() if k not in own}
+    shared = {k.replace("_", "-"): v for k, v in shared.items() if v not in ("None", "False")}
+    return " ".join(f"--{k} {v}".removesuffix(" True") for k, v in shared.items())
 
 
 def runs_of(name, args):
@@ -63,7 +63,7 @@ def start_worker():
 
 
 def carry_out(args, run, seed):
-    """One run, in a worker -> its FIGURES as text; where it failed, what was said."""
+    """One run, in a worker -> its FIGURES as text; the error message if it failed."""
     out = Path(args.out, "runs", f"{run},seed={seed}")
     flags = dict(flag.split("=") for flag in run.split(",")) | {"seed": seed, "out": out}
     method, last = flags.pop("method", None), out / "last.pt"
@@ -85,9 +85,9 @@ def carry_out(args, run, seed):
         except (Exception, SystemExit) as error:
             traceback.print_exc()
             return f"{error}; see {log.name}"
-    found = json.loads((out / "results.json").read_text())
-    found["slide_dsc"] = found["dsc_mean_of_slides"]
-    return {name: "" if found[name] is None else f"{found[name]:.6g}" for name in FIGURES}
+    results = json.loads((out / "results.json").read_text())
+    results["slide_dsc"] = results["dsc_mean_of_slides"]
+    return {name: "" if results[name] is None else f"{results[name]:.6g}" for name in FIGURES}
 
 
 def carry_out_all(args, todo):
@@ -101,11 +101,11 @@ def carry_out_all(args, todo):
         try:
             jobs = {pool.submit(carry_out, args, *run): run for run in todo}
             for n, job in enumerate(as_completed(jobs), 1):
-                run, found = jobs[job], job.result()
-                if isinstance(found, dict):
-                    rows.writerow([*run, *found.values(), args.flags])
-                    found = "  ".join(f"{name} {value}" for name, value in found.items() if value)
-                print(f"{n}/{len(jobs)} {run[0]},seed={run[1]}: {found}", flush=True)
+                run, figures = jobs[job], job.result()
+                if isinstance(figures, dict):
+                    rows.writerow([*run, *figures.values(), args.flags])
+                    figures = "  ".join(f"{k} {value}" for k, value in figures.items() if value)
+                print(f"{n}/{len(jobs)} {run[0]},seed={run[1]}: {figures}", flush=True)
         except KeyboardInterrupt:
             for worker in multiprocessing.active_children():
                 worker.terminate()  # a checkpoint is whole at any moment
@@ -148,8 +148,8 @@ def draw(name, args):
         panels = [panel(image, mask * 0, GREEN, where), panel(image, mask, GREEN, "truth")]
         for column in table.columns:
             model, trained = models[row, column]
-            found = evaluate.predict(model, image[None].to(trained.device), trained.amp)[0][0]
-            panels.append(panel(image, found.cpu() > 0.5, YELLOW, f"{row} {column}".strip()))
+            p = evaluate.predict(model, image[None].to(trained.device), trained.amp)[0][0]
+            panels.append(panel(image, p.cpu() > 0.5, YELLOW, f"{row} {column}".strip()))
         lines.append(np.concatenate(panels, 1))
     return Image.fromarray(np.concatenate(lines))
 

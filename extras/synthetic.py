@@ -102,7 +102,7 @@ def draw_slide(rng, side=2048, tumour=True):
     cytoplasm = np.asarray(cytoplasm.reduce(16).resize((side, side)))  # no sharp edges
     eosin = (cytoplasm + 0.35 * stroma) * (1 - 0.7 * nuclei) + 0.05 * smooth_noise(rng, side, 8)
     haematoxylin = nuclei * (0.9 + 0.1 * smooth_noise(rng, side, 4)) + 0.25 * cytoplasm
-    strength = np.exp(rng.normal(0, [0.25, 0.30]))  # every slide has a stain of its own
+    strength = np.exp(rng.normal(0, [0.25, 0.30]))  # every slide has another stain
     stains = np.array([[0.65, 0.70, 0.29], [0.27, 0.92, 0.30]]) + rng.normal(0, 0.08, (2, 3))
     density = np.stack([haematoxylin * strength[0] * 1.3, eosin.clip(0) * strength[1] * 1.6], 2)
     density *= tissue[..., None]

@@ -107,11 +107,11 @@ def mean_sd(cell):
 
 def paired(cell, other):
     """Mean difference over the seeds that both have, 95 % interval by Student's t of n - 1."""
-    found = [cell[seed] - other[seed] for seed in cell if seed in other]
-    n = len(found)
+    differences = [cell[seed] - other[seed] for seed in cell if seed in other]
+    n = len(differences)
     if n < 2:
-        return f"{found[0]:+.3f} (n = 1)" if n else ""
-    middle, half = mean(found), T[n - 2] * stdev(found) / n**0.5
+        return f"{differences[0]:+.3f} (n = 1)" if n else ""
+    middle, half = mean(differences), T[n - 2] * stdev(differences) / n**0.5
     return f"{middle:+.3f} [{middle - half:.3f}, {middle + half:.3f}] (n = {n})"
 
 
