@@ -10,6 +10,7 @@ Places of tiles are in level-0 pixels, their sides in pixels of the level that i
 
 import csv
 import hashlib
+import math
 import multiprocessing
 import os
 import re
@@ -23,10 +24,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from slide import Annotation, DataError, Slide, read_annotation, warn
+from slide import REGIONS, Annotation, DataError, Slide, read_annotation, read_shapes, warn
 
 NO_SLIDES = "_mask", "_likelihood_map"  # ends of stems: CAMELYON16's masks, predictions
 TISSUE_SHARE, CANCER_SHARE = 0.1, 0.05  # less tissue: dropped; more tumour: labelled cancer
+COVERED = 0.5  # share of a tile inside regions from which on it has their mask or label
 CANCER, NORMAL, AMBIGUOUS = 1, 0, -1  # image-level labels; AMBIGUOUS never trains the head
 # CAMELYON16 slides on which not every metastasis is outlined, as its authors list them.
 INCOMPLETE = (10, 15, 18, 20, 25, 29, 33, 34, 44, 46, 51, 54, 55, 56, 67, 79, 85, 92, 95, 110)
@@ -34,8 +36,8 @@ INCOMPLETE = {f"tumor_{n:03}" for n in INCOMPLETE} | {"test_114"}
 # A slide to use: its path below the data folder and in full, its XML or None, "train" or "test".
 Source = namedtuple("Source", "name path xml split")
 # A tile: number of its slide, x and y in level-0 px, level, whether it is to train on, share of
-# tumour px, image-level label.
-TILE = "slide int, x int, y int, level int, train bool, tumour float, label int"
+# tumour in the known px (nan if none is), image-level label, share of known px (1 without regions).
+TILE = "slide int, x int, y int, level int, train bool, tumour float, label int, known float"
 TILE = np.dtype([tuple(field.split()) for field in TILE.split(", ")])
 
 
@@ -141,13 +143,23 @@ def patient(source):
 
 
 def seeded_split(sources, seed):
-    """Section 2.2: hold out 20 of 110 patients, of those with tumour and of those without."""
+    """Section 2.2: hold out 20 of 110 patients with outlined tumour, with cancer regions, without.
+
+    The three are drawn apart, so that test tiles have masks where two patients have them.
+    """
     # Deviation: the paper trains on 90 tumour slides and tests on 20, unnamed; here normal slides
     # are in both, split by the folders train* and test*, else 20 in 110 patients are held out,
     # because most slides in use are normal.
-    tumour = {patient(s) for s in sources if s.xml}
+    outlined, cancer = set(), set()
+    for source in sources:
+        kinds = {kind for _, kind, _ in read_shapes(source.xml)} if source.xml else set()
+        if "tumour" in kinds and ("roi" in kinds or not kinds & {*REGIONS}):
+            outlined.add(patient(source))
+        elif "cancer region" in kinds:
+            cancer.add(patient(source))
+    rest = {patient(s) for s in sources} - outlined - cancer
     test, rng = set(), np.random.default_rng((seed, 0))
-    for patients in (tumour, {patient(s) for s in sources} - tumour):
+    for patients in (outlined, cancer - outlined, rest):
         count = max(1, round(len(patients) * 20 / 110)) if len(patients) > 1 else 0
         test.update(rng.permutation(sorted(patients))[:count].tolist())
     return [s._replace(split="test" if patient(s) in test else "train") for s in sources]
@@ -186,20 +198,23 @@ def otsu(values):
 class Tiles(torch.utils.data.Dataset):
     """All tissue tiles of all slides; `table` (TILE) has a row for each, `side` px of its level.
 
-    tiles[row, turn] -> image (3, T, T) uint8, mask (T, T) uint8, label; `turn` 1 to 7 flips and
-    turns both. Workers send uint8: float32 would cost up to twice the CPU.
+    tiles[row, turn] -> image (3, T, T) uint8, mask (T, T) int8, label; `turn` 1 to 7 flips and
+    turns both. A mask is 1 tumour, 0 not tumour, -1 unlabelled. Workers send bytes: float32 would
+    cost up to twice the CPU.
     """
 
     def __init__(self, sources, slides, annotations, side, table):
         self.sources, self.slides, self.annotations = sources, slides, annotations  # one per slide
-        self.side, self.table = side, table
+        self.side, self.table, self.has_mask = side, table, table["known"] >= COVERED
 
     def __getitem__(self, key):
         row, turn = key
-        n, x, y, level, _, _, label = self.table[row].item()
+        n, x, y, level, _, _, label, _ = self.table[row].item()
         down = self.slides[n].levels[level].downsample
         box = x // down, y // down, self.side, self.side
         image, mask = self.slides[n].read(level, *box), self.annotations[n].mask(*box, down)
+        if not self.has_mask[row]:
+            mask[:] = -1
         # Deviation: the paper has no augmentation; here flips and turns, because tissue has no up.
         image, mask = (np.rot90(a[:, ::-1] if turn % 2 else a, turn // 2) for a in (image, mask))
         image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
@@ -220,39 +235,61 @@ def tile_slides(sources, tile=512, mpp=0.5, level=None):
         # From (0, 0): tiles of 512 or 256 px are aligned with the JPEG blocks, 3 x less CPU.
         squares = np.argwhere(tissue_share(slides[n], k, tile) >= TISSUE_SHARE) * tile
         for y, x in squares.tolist():
-            # Deviation: the paper has no rule for a tile's label; here cancer above 5 % tumour,
-            # normal at none, because tiles between are neither. Their masks are used.
-            tumour = float(annotation.mask(x, y, tile, tile, down).mean())
-            label = CANCER if tumour > CANCER_SHARE else AMBIGUOUS if tumour > 0 else NORMAL
-            rows.append((n, x * down, y * down, k, source.split == "train", tumour, label))
+            tumour, label, known = label_of(annotation, x, y, tile, tile, down)
+            if known >= COVERED or label is not None:  # else nothing is known of it
+                place = n, x * down, y * down, k, source.split == "train"
+                rows.append((*place, tumour, label, known))
         if not rows:
-            warn(f"{source.path}: no tissue found; slide skipped")
-        elif any(t for _, t in annotation.polygons) and not any(row[5] for row in rows):
+            where = " in its regions" if annotation.has_regions else ""
+            warn(f"{source.path}: no tissue found{where}; slide skipped")
+        elif "tumour" in annotation.shapes and not any(row[5] > 0 for row in rows):
             warn(f"{source.xml}: no outline of tumour lies on tissue; is it of this slide?")
         annotations.append(annotation)
         table += rows
     return Tiles(sources, slides, annotations, tile, np.array(table, TILE))
 
 
+def label_of(annotation, *box):
+    """What is known of a tile -> share of tumour, image-level label or None, share of known px."""
+    mask = annotation.mask(*box)
+    labelled = mask >= 0
+    tumour = (mask == 1).sum() / labelled.sum() if labelled.any() else math.nan
+    # Deviation: the paper has no rule for a tile's label; here cancer above 5 % tumour, normal at
+    # none, because tiles between are neither. Their masks are used.
+    label = CANCER if tumour > CANCER_SHARE else AMBIGUOUS if tumour > 0 else NORMAL
+    if labelled.mean() < COVERED:
+        kinds = {"cancer region": CANCER, "normal region": NORMAL}
+        labels = [v for k, v in kinds.items() if annotation.inside(k, *box).mean() >= COVERED]
+        label = labels[0] if len(labels) == 1 else AMBIGUOUS if labels else None
+    return tumour, label, labelled.mean()
+
+
 def choose_labels(tiles, pixel_frac, image_frac, label_unit="tile", seed=0):
     """Whose labels training may use -> rows of `tiles.table`: the pool, masks, image labels.
 
-    The pool is what 100 % stands for: all training tiles with tumour, and as many normal ones.
-    image_frac 0 is the S group, 1 is S+C. `label_unit`: single tiles have masks, or whole slides.
-    DataError if a class is missing.
+    The pool is all training tiles with tumour, and as many normal ones. 100 % stands for those of
+    it that have a mask, or a label. image_frac 0 is the S group, 1 is S+C. `label_unit`: single
+    tiles have masks, or whole slides. DataError if a class is missing.
     """
-    train, label = tiles.table["train"], tiles.table["label"]
+    train, label, has_mask = tiles.table["train"], tiles.table["label"], tiles.has_mask
     cancer, normal = (np.flatnonzero(train & (label == kind)) for kind in (CANCER, NORMAL))
     if not (len(cancer) and len(normal) and (~train & (label == CANCER)).any()):
         finding = f"{len(cancer)} cancer, {len(normal)} normal tiles of {tiles.side} px to train on"
         cure = "training needs both, testing cancer: change --tile, --mpp, --level or --data"
         raise DataError(f"{finding}; {cure}")
+    if not (~train & has_mask & (label == CANCER)).any():
+        cure = "outline one in a roi on a test slide"
+        warn(f"no test tile with tumour has a mask: DSC will be null; {cure}")
     # Deviation: the paper counts no normal tiles; here as many as cancer, because tumour is rare.
     normal = np.random.default_rng((seed, 1)).permutation(normal)[: len(cancer)]
     pool = np.sort(np.r_[np.flatnonzero(train & (label != NORMAL)), normal])
     # Deviation: the paper does not say what 0 % of the masks is; here it keeps the mask of one tile
     # of each class, because its [20] does. 0 % of image labels is none.
-    masks = nested(tiles.table, pool, label_unit, pixel_frac, (seed, 2))
+    with_mask = pool[has_mask[pool]]
+    if {CANCER, NORMAL} - {*label[with_mask].tolist()}:
+        finding = "the training tiles that have a mask are of one class alone, or none"
+        raise DataError(f"{finding}; outline tumour, and draw a roi that holds normal tissue too")
+    masks = nested(tiles.table, with_mask, label_unit, pixel_frac, (seed, 2))
     labels = nested(tiles.table, pool[label[pool] != AMBIGUOUS], "tile", image_frac, (seed, 3))
     return pool, masks, labels if image_frac else labels[:0]
 
@@ -287,8 +324,9 @@ def label_tiles(tiles, args):
         count = [(tiles.table["label"][rows] == kind).sum() for kind in (CANCER, NORMAL, AMBIGUOUS)]
         kinds = f"{count[0]} cancer, {count[1]} normal, {count[2]} ambiguous"
         print(f"{split}: {slides} slides; {len(rows)} tiles: {kinds}")
-    learn_from = f"the masks of {len(mask_rows)} tiles, the labels of {len(label_rows)}"
-    print(f"to learn from: {learn_from}", flush=True)
+    has_label = (tiles.table["label"][pool] != AMBIGUOUS).sum()
+    masks = f"the masks of {len(mask_rows)} of {tiles.has_mask[pool].sum()} tiles that have one"
+    print(f"to learn from: {masks}, the labels of {len(label_rows)} of {has_label}", flush=True)
     used = b"".join(a.tobytes() for a in (tiles.table, mask_rows, label_rows))
     return pool, mask_rows, label_rows, hashlib.sha256(used).hexdigest()
 
@@ -321,7 +359,7 @@ def batches(rows, batch_size, seed, first, last):
 
 
 def load_batches(tiles, batches, device, workers=0):
-    """Batches of keys -> images (B, 3, T, T) uint8, masks (B, T, T) uint8, labels (B,) on `device`.
+    """Batches of keys -> images (B, 3, T, T) uint8, masks (B, T, T) int8, labels (B,) on `device`.
 
     `tiles` is any Dataset. `close()` ends its worker processes. DataError where they lack shared
     memory.

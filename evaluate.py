@@ -77,7 +77,7 @@ def count(model, tiles, rows, args):
     batches = data.load_batches(tiles, keys, torch.device(args.device), args.workers)
     for images, masks, _ in data.progress(batches, "evaluating", len(keys)):
         tumour, cancer = (p > 0.5 for p in predict(model, images, args.amp))
-        truth = masks == 1
+        truth, tumour = masks == 1, tumour & (masks >= 0)  # unlabelled pixels count nowhere
         pixels = [n.sum((1, 2)) for n in (tumour & truth, tumour & ~truth, ~tumour & truth)]
         counts.append(torch.stack([*pixels, cancer.long()], 1).cpu())
     return torch.cat(counts).numpy()
@@ -107,14 +107,15 @@ def summarise(tiles, rows, counts, classes=True):
     slides = []
     for n in np.unique(table["slide"]):
         of = table["slide"] == n
+        false = int(counts[of, 1].sum()) if tiles.has_mask[rows][of].any() else None
         line = {"slide": tiles.sources[n].name, "tiles": int(of.sum()), **figures(of)}
-        slides.append(line | {"false_positive_px": int(counts[of, 1].sum())})
-    dsc = [line["dsc"] for line in slides if line["dsc"] is not None]
+        slides.append(line | {"false_positive_px": false})
+    dsc, false = ([s[k] for s in slides if s[k] is not None] for k in ("dsc", "false_positive_px"))
     return {
         **figures(np.full(len(rows), True)),
         "dsc_cancer_tiles": figures(label == data.CANCER)["dsc"],
         "dsc_mean_of_slides": np.mean(dsc) if dsc else None,
-        "false_positive_px_per_slide": np.mean([line["false_positive_px"] for line in slides]),
+        "false_positive_px_per_slide": np.mean(false) if false else None,
         "counts": dict(zip(("tp", "fp", "fn"), counts[:, :3].sum(0).tolist())),
         "slides": slides,
     }
@@ -127,7 +128,8 @@ def headline(results):
     figures = {key: "null" if results[key] is None else f"{results[key]:.4f}" for key in names}
     figures = [f"{names[key]} {figure}" for key, figure in figures.items()]
     false = results["false_positive_px_per_slide"]
-    return "  ".join([*figures, f"false positives {false:.0f} px per slide"])
+    false = "null" if false is None else f"{false:.0f}"
+    return "  ".join([*figures, f"false positives {false} px per slide"])
 
 
 def write_results(out, model, tiles, args, began, classes=True):
@@ -151,7 +153,7 @@ def draw_outline(image, mask, colour):
 def write_pictures(folder, model, tiles, rows, counts, args, each=4):
     """Tile | truth (green) | prediction (yellow) of the best, median and worst cancer tiles."""
     folder.mkdir(exist_ok=True)
-    cancer = tiles.table["label"][rows] == data.CANCER
+    cancer = (tiles.table["label"][rows] == data.CANCER) & tiles.has_mask[rows]
     order = np.argsort([dsc_iou(c[None])[0] for c in counts[cancer]], kind="stable")[::-1]
     starts = {"best": 0, "median": (len(order) - each) // 2, "worst": len(order) - each}
     for name, start in starts.items():
@@ -160,7 +162,7 @@ def write_pictures(folder, model, tiles, rows, counts, args, each=4):
             image, mask, _ = tiles[row, 0]
             tumour = predict(model, image[None].to(args.device), args.amp)[0][0].cpu() > 0.5
             image = image.permute(1, 2, 0).numpy()
-            truth = draw_outline(image, mask, (0, 200, 0))
+            truth = draw_outline(image, mask == 1, (0, 200, 0))
             panels = image, truth, draw_outline(image, tumour, (255, 230, 0))
             lines.append(np.concatenate([np.pad(p, ((4, 4), (4, 4), (0, 0))) for p in panels], 1))
         Image.fromarray(np.concatenate(lines)).save(folder / f"{name}.png")

@@ -22,9 +22,12 @@ import tifffile
 from PIL import Image
 
 # Deviation: the paper names CAMELYON17; here it is 16, because only 16 has 110 tumour slides.
-# Groups of outlines, in lower case: CAMELYON16 training, CAMELYON16 test, CAMELYON17.
-TUMOUR = {"_0", "_1", "tumor", "metastases"}
-EXCLUSION = {"_2", "exclusion", "normal"}  # holes in the tumour
+# Groups of an annotation, in lower case -> the kind of their shapes. CAMELYON16 training,
+# CAMELYON16 test, CAMELYON17; then the regions of slides that are not outlined in full (Fig. 1).
+KINDS = dict.fromkeys(("_0", "_1", "tumor", "metastases"), "tumour")
+KINDS |= dict.fromkeys(("_2", "exclusion", "normal"), "exclusion")  # holes in the tumour
+REGIONS = "roi", "cancer region", "normal region"  # all is outlined inside; image-level labels
+KINDS |= {name: name for name in REGIONS}
 AREAS = {"Polygon", "Spline", "Rectangle"}  # not Dot, PointSet, None (a ruler)
 # One level of a slide. Sizes are px of this level, `downsample` is level-0 px per px (a power of
 # two). `offsets` and `counts` place each JPEG block in the file (0 bytes = absent, background);
@@ -177,24 +180,38 @@ def um_per_px(page):
 
 
 class Annotation:
-    """Outlines of a slide: `polygons` [(xy, is_tumour)], xy (n, 2) float in level-0 pixels."""
+    """What is known of a slide: `shapes` {kind: [xy]}, xy (n, 2) float in level-0 pixels.
 
-    def __init__(self, polygons=()):
+    "tumour" and "exclusion" (cut out of it) are outlines. Inside a "roi" all tumour is outlined;
+    inside a "cancer region" or "normal region" an image-level label is known, and no mask. A slide
+    without any of these three is outlined in full; where it has one, nothing is known outside.
+    """
+
+    def __init__(self, shapes=()):
+        self.shapes = {kind: [xy for xy, other in shapes if other == kind] for _, kind in shapes}
+        self.has_regions, self.boxes = any(kind in REGIONS for kind in self.shapes), {}
+        for kind, rings in self.shapes.items():
+            self.boxes[kind] = np.array([(*xy.min(0), *xy.max(0)) for xy in rings])
+
+    def inside(self, kind, x, y, w, h, downsample=1):
+        """The w x h px at (x, y) of the level `downsample` -> (h, w) bool, in a shape of `kind`."""
+        inside = np.zeros((h, w), bool)
+        if kind in self.shapes:
+            # A pixel counts if its centre is inside: x of level 0 is (x + .5) / downsample - .5.
+            boxes = (self.boxes[kind] + 0.5) / downsample - 0.5 - (x, y, x, y)
+            boxes = np.clip(np.ceil(boxes), 0, (w, h, w, h)).astype(int)
+            for n in np.flatnonzero((boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3])):
+                a, b, c, d = boxes[n]
+                xy = (self.shapes[kind][n] + 0.5) / downsample - 0.5 - (x + a, y + b)
+                inside[b:d, a:c] |= winding(xy, c - a, d - b) != 0
+        return inside
+
+    def mask(self, *box):
+        """As `inside` -> (h, w) int8: 1 tumour, 0 not tumour, -1 unlabelled (outside every roi)."""
         # Exclusions are cleared last, whatever the file's order: tumour would fill them again.
-        self.polygons = sorted(polygons, key=lambda polygon: not polygon[1])
-        boxes = [(*xy.min(0), *xy.max(0)) for xy, _ in self.polygons]
-        self.boxes = np.array(boxes, float).reshape(-1, 4)
-
-    def mask(self, x, y, w, h, downsample=1):
-        """The w x h px at (x, y) of the level `downsample` -> (h, w) uint8, 1 where tumour."""
-        # A pixel counts if its centre is inside: x of level 0 is (x + .5) / downsample - .5 here.
-        boxes = (self.boxes + 0.5) / downsample - 0.5 - (x, y, x, y)
-        boxes = np.clip(np.ceil(boxes), 0, (w, h, w, h)).astype(int)
-        mask = np.zeros((h, w), np.uint8)
-        for n in np.flatnonzero((boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3])):
-            (a, b, c, d), (xy, is_tumour) = boxes[n], self.polygons[n]
-            inside = winding((xy + 0.5) / downsample - 0.5 - (x + a, y + b), c - a, d - b) != 0
-            mask[b:d, a:c][inside] = is_tumour
+        mask = (self.inside("tumour", *box) & ~self.inside("exclusion", *box)).astype(np.int8)
+        if self.has_regions:
+            mask[~self.inside("roi", *box)] = -1
         return mask
 
 
@@ -217,47 +234,72 @@ def winding(xy, w, h):
     return turns.reshape(h, w + 1)[:, :w].astype(np.int32).cumsum(1, np.int32)
 
 
-def read_annotation(path, size=(1e7, 1e7)):
-    """ASAP XML -> Annotation; a file without any shape is that of a normal slide.
-
-    Shapes that are no areas, in no group, or off a slide of `size` level-0 px are skipped with a
-    warning. DataError where no outline of tumour remains, for broken XML and unknown groups.
-    """
-    polygons, skipped = [], Counter()
+def read_shapes(path):
+    """ASAP XML -> [(xy, kind, type)], kind None without a group. DataError for any other file."""
 
     def group_of(node, key="PartOfGroup"):
         return node.get(key, "").strip().lower() or "none"
 
     try:
-        root = ElementTree.parse(path).getroot()
+        root, shapes = ElementTree.parse(path).getroot(), []
         if root.tag != "ASAP_Annotations":
             raise ValueError(f"its root is {root.tag}")
         parents = {group_of(node, "Name"): group_of(node) for node in root.iter("Group")}
         for node in root.iter("Annotation"):
-            shape, xy, group = node.get("Type"), coordinates(node), group_of(node)
+            group, shape = group_of(node), node.get("Type")
             for _ in parents:  # groups may be nested: climb to a known one
-                if group not in TUMOUR | EXCLUSION and parents.get(group, "none") != "none":
+                if group not in KINDS and parents.get(group, "none") != "none":
                     group = parents[group]
-            if shape not in AREAS or len(xy) < 3 or np.linalg.matrix_rank(xy - xy[0]) < 2:
-                skipped[f"{shape} of {len(xy)} points"] += 1  # as in CAMELYON's own files
-            elif group == "none":
-                skipped[f"{shape} without a group"] += 1
-            elif (xy.min(0) >= size).any() or (xy.max(0) < 0).any():
-                skipped[f"{shape} off the slide"] += 1
-            elif group in TUMOUR | EXCLUSION:
-                polygons.append((xy, group in TUMOUR))
-            else:
-                raise ValueError(f"group {group!r} is neither tumour nor exclusion")
+            if shape in AREAS and group not in (*KINDS, "none"):
+                raise ValueError(f"group {group!r} is neither tumour, exclusion nor region")
+            shapes.append((coordinates(node), KINDS.get(group), shape))
+        return shapes
     except (OSError, ElementTree.ParseError, LookupError, TypeError, ValueError) as error:
         cure = "mend or remove it"
         raise DataError(f"{path}: not a usable ASAP annotation ({error}); {cure}") from None
+
+
+def read_annotation(path, size=(1e7, 1e7)):
+    """ASAP XML -> Annotation; a file without any shape is that of a normal slide.
+
+    Shapes that are no areas, in no group, or off a slide of `size` level-0 px are skipped with a
+    warning; DataError where no outline of tumour or no region is left. Tumour in no roi is named.
+    """
+    shapes, skipped, regions = [], Counter(), 0
+    for xy, kind, shape in read_shapes(path):
+        regions += kind in REGIONS
+        if shape not in AREAS or len(xy) < 3 or np.linalg.matrix_rank(xy - xy[0]) < 2:
+            skipped[f"{shape} of {len(xy)} points without area"] += 1  # in CAMELYON's files too
+        elif kind is None:
+            skipped[f"{shape} without a group"] += 1
+        elif (xy.min(0) >= size).any() or (xy.max(0) < 0).any():
+            skipped[f"{shape} off the slide"] += 1
+        else:
+            shapes.append((xy, kind))
+    annotation = Annotation(shapes)
     listed = ", ".join(f"{count} {shape}" for shape, count in skipped.items())
-    if skipped and not any(is_tumour for _, is_tumour in polygons):
+    if regions and not annotation.has_regions:
+        raise DataError(f"{path}: no region can be used ({listed}); draw it again, on the slide")
+    # Where all is outlined, the rest would be normal tissue.
+    if (
+        skipped
+        and "tumour" not in annotation.shapes
+        and ("roi" in annotation.shapes or not regions)
+    ):
         cure = "give outlines a group in ASAP, or delete all shapes if the slide is normal"
         raise DataError(f"{path}: no outline of tumour can be used ({listed}); {cure}")
     if skipped:
         warn(f"{path}: skipped {listed}; mend them in ASAP if they are outlines")
-    return Annotation(polygons)
+    unused = 0
+    for xy in annotation.shapes.get("tumour", ()) if regions else ():
+        down = max(1, np.ptp(xy, 0).max() / 256)  # at most 256 x 256 places are tested
+        box = *(xy.min(0) // down).astype(int), *(np.ptp(xy, 0) // down + 2).astype(int), down
+        outline = Annotation([(xy, "tumour")]).inside("tumour", *box)
+        unused += not (outline & annotation.inside("roi", *box)).any()
+    if unused:
+        cure = "draw a roi around all that is outlined in full"
+        warn(f"{path}: {unused} outlines of tumour are in no roi and teach nothing; {cure}")
+    return annotation
 
 
 def coordinates(node):

@@ -212,8 +212,8 @@ def main(argv=None):
             update(adam, loss_seg)
             predicted = logits.argmax(1)
             totals["loss_seg"] += loss_seg.detach()
-            totals["overlap"] += (predicted * masks).sum()
-            totals["area"] += predicted.sum() + masks.sum()
+            totals["overlap"] += (predicted * (masks == 1)).sum()
+            totals["area"] += (predicted * (masks >= 0)).sum() + (masks == 1).sum()
 
         # Step 2, Fig. 4: image labels teach encoder and head; no gradient for PSP, decoder.
         if n >= label_start:

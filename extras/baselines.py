@@ -143,8 +143,11 @@ def mil(args, model, tiles, mask_rows, label_rows, total, pretrain):
     for n, (images, masks, _) in enumerate(descend(args, adam, tiles, mask_rows, 11, total)):
         with autocast(args):
             z = model.low(images)  # (B, 1, H/16, W/16)
-        share = F.adaptive_avg_pool2d(masks[:, None].float(), z.shape[2:])
-        train.update(adam, F.binary_cross_entropy_with_logits(z.float(), share))
+        tumour, known = (
+            F.adaptive_avg_pool2d(m[:, None].float(), z.shape[2:]) for m in (masks == 1, masks >= 0)
+        )
+        share = tumour / known.clamp(min=1e-6)  # of the labelled pixels of a cell
+        train.update(adam, F.binary_cross_entropy_with_logits(z.float(), share, known))
         if n >= pretrain:
             images, _, labels = next(bags)
             with autocast(args):

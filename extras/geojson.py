@@ -32,8 +32,8 @@ def write(path, rings, downsample):
 
 
 def read(path):
-    """GeoJSON -> [(xy, is_tumour)]; DataError where a feature is no area of a known class."""
-    polygons = []
+    """GeoJSON -> [(xy, kind)]; DataError where a feature is no area of a known class."""
+    shapes = []
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         features = content if isinstance(content, list) else content.get("features", [content])
@@ -48,12 +48,13 @@ def read(path):
             for part in [parts] if kind == "Polygon" else parts:
                 # One ring with detours to its holes: exclusions would clear lesions in them too.
                 outer, *holes = map(clockwise, part)
-                polygons.append((outline.around(outer, holes) - 0.5, base in TUMOUR))
+                ring = outline.around(outer, holes) - 0.5
+                shapes.append((ring, "tumour" if base in TUMOUR else "exclusion"))
         if any(feature["properties"].get("predicted") for feature in features):  # not by QuPath
             warn(f"{path}: as predicted; look at it in QuPath before you train on it")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: {error}; mend it in QuPath, export it again") from None
-    return polygons
+    return shapes
 
 
 def clockwise(ring):
@@ -72,11 +73,13 @@ def main(argv=None):
     parser.add_argument("--overwrite", action="store_true", help="replace an XML that is there")
     args = parser.parse_args(argv)
     for path in args.files:
-        polygons, xml = read(path), path.with_suffix(".xml")
+        shapes, xml = read(path), path.with_suffix(".xml")
         if xml.exists() and not args.overwrite:
             raise DataError(f"{xml}: is there already; move it, or give --overwrite")
-        outline.write_annotation(xml, polygons)
-        print(f"{xml}: {len(polygons)} polygons, {sum(t for _, t in polygons)} of them tumour")
+        outline.write_annotation(xml, shapes)
+        print(
+            f"{xml}: {len(shapes)} polygons, {sum(k == 'tumour' for _, k in shapes)} of them tumour"
+        )
 
 
 if __name__ == "__main__":

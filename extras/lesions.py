@@ -24,7 +24,7 @@ SIZES = {"macro": (2.0, np.inf), "micro": (0.2, 2.0), "ITC": (0.0, 0.2)}
 def rings_of(level, *annotations):
     """Outlines of what is tumour in all of `annotations`, on a whole level."""
     boxes = [(0, y, level.width, min(256, level.height - y)) for y in range(0, level.height, 256)]
-    masks = ([a.mask(*box, level.downsample) for a in annotations] for box in boxes)
+    masks = ([a.mask(*box, level.downsample) == 1 for a in annotations] for box in boxes)
     return outline.trace(np.all(strip, axis=0) for strip in masks)
 
 

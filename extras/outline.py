@@ -1,7 +1,7 @@
 """Outlines of a mask: the inverse of slide.Annotation.mask, exact to the pixel; ASAP's XML of them.
 
     rings = trace(strips)                   # a mask in strips of rows, (h, W) bool, top to bottom
-    polygons = to_polygons(rings, 4)        # [(xy, is_tumour)] in level-0 pixels, downsample 4
+    polygons = to_polygons(rings, 4)        # [(xy, kind)] in level-0 pixels, downsample 4
 
 A ring runs between the pixels. Its corner (x, y) is the upper left one of pixel (x, y), so it lies
 at (x - .5, y - .5) of the mask's level. Tumour pixels that touch at a corner are of one lesion, as
@@ -119,7 +119,7 @@ def diameter(ring):
 
 
 def to_polygons(rings, downsample):
-    """Rings at 1 / `downsample` -> [(xy, is_tumour)] for an annotation, in level-0 pixels.
+    """Rings at 1 / `downsample` -> [(xy, kind)] for an Annotation, in level-0 pixels.
 
     Lesions are filled and holes cleared after them, so the outline of a hole goes around the
     lesions inside it: they are left as they are.
@@ -128,10 +128,11 @@ def to_polygons(rings, downsample):
     for ring in rings:
         if ring.parent >= 0:
             islands[ring.parent].append(ring.xy)
-    return [
-        (around(ring.xy, inner if ring.is_hole else []) * downsample - 0.5, not ring.is_hole)
-        for ring, inner in zip(rings, islands)
-    ]
+    shapes = []
+    for ring, inner in zip(rings, islands):
+        kind, detours = ("exclusion", inner) if ring.is_hole else ("tumour", [])
+        shapes.append((around(ring.xy, detours) * downsample - 0.5, kind))
+    return shapes
 
 
 def around(ring, inner):
@@ -148,17 +149,20 @@ def around(ring, inner):
     return ring
 
 
-def write_annotation(path, polygons):
-    """[(xy, is_tumour)] -> ASAP XML, groups `metastases` and `normal` as in CAMELYON17."""
+def write_annotation(path, shapes):
+    """[(xy, kind)] as in slide.Annotation -> ASAP XML; outlines in CAMELYON17's groups."""
+    group_of = {"tumour": "metastases", "exclusion": "normal"}  # a region's group is its kind
+    colours = {"metastases": "#ff0000", "normal": "#00ff00"}
+    colours |= {kind: "#0000ff" for _, kind in shapes if kind not in group_of}
     root = ElementTree.Element("ASAP_Annotations")
-    shapes, groups = SubElement(root, "Annotations"), SubElement(root, "AnnotationGroups")
-    for n, (xy, is_tumour) in enumerate(polygons):
-        shape = {"PartOfGroup": "metastases" if is_tumour else "normal", "Color": "#F4FA58"}
-        shape = SubElement(shapes, "Annotation", shape, Name=str(n), Type="Polygon")
-        points = SubElement(shape, "Coordinates")
+    nodes, groups = SubElement(root, "Annotations"), SubElement(root, "AnnotationGroups")
+    for n, (xy, kind) in enumerate(shapes):
+        about = {"PartOfGroup": group_of.get(kind, kind), "Color": "#F4FA58"}
+        node = SubElement(nodes, "Annotation", about, Name=str(n), Type="Polygon")
+        points = SubElement(node, "Coordinates")
         for k, (x, y) in enumerate(xy.tolist()):
             SubElement(points, "Coordinate", Order=str(k), X=str(x), Y=str(y))
-    for name, colour in (("metastases", "#ff0000"), ("normal", "#00ff00")):
+    for name, colour in colours.items():
         group = SubElement(groups, "Group", Name=name, PartOfGroup="None", Color=colour)
         SubElement(group, "Attributes")
     ElementTree.indent(root, "")  # a line for each

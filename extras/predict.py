@@ -72,13 +72,13 @@ def outlines(probability, mpp, args):
     return outline.trace(masks, args.min_area / (mpp * block) ** 2), block
 
 
-def write_picture(path, slide, polygons):
+def write_picture(path, slide, shapes):
     """The slide with its outlines, PICTURE px at most."""
     k = max(k for k, lv in enumerate(slide.levels) if not k or max(lv[:2]) >= PICTURE)
     view = Image.fromarray(slide.read(k, 0, 0, *slide.levels[k][:2]))
     view.thumbnail((PICTURE, PICTURE))
     pen, scale = ImageDraw.Draw(view), view.width / slide.levels[0].width
-    for xy, _ in polygons:
+    for xy, _ in shapes:
         pen.polygon((xy * scale).ravel().tolist(), outline=(255, 230, 0), width=2)
     view.save(path)
 
@@ -128,10 +128,10 @@ def predict_slide(model, path, out, args):
         strips = pyramid.blend(predicted, args.tile, lv.width, lv.height)
         pyramid.write(tif, strips, lv.width, lv.height, mpp)
         rings, block = outlines(tif, mpp, args)
-        polygons = outline.to_polygons(rings, lv.downsample * block)
-        write_picture(png, slide, polygons)
+        shapes = outline.to_shapes(rings, lv.downsample * block)
+        write_picture(png, slide, shapes)
         geojson.write(qupath, rings, lv.downsample * block)
-        outline.write_annotation(xml, polygons)
+        outline.write_annotation(xml, shapes)
         row = {"slide": path.stem, "windows": len(places)}
         if places:
             row |= figures(rings, mpp * block)

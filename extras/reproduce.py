@@ -134,7 +134,8 @@ def draw(name, args):
         models[cell] = model, trained = load(Path(args.out, "runs", f"{run},seed=0", "last.pt"))
     trained.data, trained.seed = args.common.data, 0
     tiles = evaluate.find_tiles(trained)
-    rows = np.flatnonzero(~tiles.table["train"] & (tiles.table["label"] == data.CANCER))
+    cancer = tiles.has_mask & (tiles.table["label"] == data.CANCER)
+    rows = np.flatnonzero(~tiles.table["train"] & cancer)
     if name == "strip":
         counts = evaluate.count(model, tiles, rows, trained)  # of the last model
         order = np.argsort([evaluate.dsc_iou(c[None])[0] for c in counts], kind="stable")
@@ -145,7 +146,7 @@ def draw(name, args):
     for n, row in product(rows[order].tolist(), table.rows):
         (image, mask, _), (slide, x, y, *_) = tiles[n, 0], tiles.table[n]
         where = f"{Path(tiles.sources[slide].name).stem}, x {x}, y {y}"
-        panels = [panel(image, mask * 0, GREEN, where), panel(image, mask, GREEN, "truth")]
+        panels = [panel(image, mask < -1, GREEN, where), panel(image, mask == 1, GREEN, "truth")]
         for column in table.columns:
             model, trained = models[row, column]
             p = evaluate.predict(model, image[None].to(trained.device), trained.amp)[0][0]

@@ -53,32 +53,32 @@ def blob(rng, x, y, radius, roughness=0.25, points=60):
 
 
 def draw_slide(rng, side=2048, tumour=True):
-    """A slide -> its picture (side, side, 3) uint8 and outlines [(xy, is_tumour)]."""
+    """A slide -> its picture (side, side, 3) uint8 and outlines [(xy, kind)]."""
     yy, xx = np.mgrid[:side, :side].astype(np.float32) / side - 0.5
     tissue = 0.55 - 1.5 * np.hypot(xx, yy) ** 1.5 + 0.10 * smooth_noise(rng, side, side // 6) > 0
     tissue &= smooth_noise(rng, side, side // 14) < 2.1  # sinuses, vessels
     inside = np.argwhere(tissue)[:, ::-1]
 
-    polygons, benign = [], []
+    outlines, benign = [], []
     if tumour:
         for _ in range(rng.integers(5, 14)):  # lesions
             x, y = inside[rng.integers(len(inside))]
             radius = side * np.exp(rng.uniform(np.log(0.02), np.log(0.22)))
-            outline = blob(rng, x, y, radius)
-            columns, rows = outline.round().astype(int).clip(0, side - 1).T
+            shape = blob(rng, x, y, radius)
+            columns, rows = shape.round().astype(int).clip(0, side - 1).T
             if tissue[rows, columns].mean() < 0.95:
                 continue  # nobody outlines glass
-            polygons.append((outline, True))
+            outlines.append((shape, "tumour"))
             if radius > 0.09 * side:  # an island of lymphocytes
                 x, y = (x, y) + rng.normal(0, 0.2 * radius, 2)
-                polygons.append((blob(rng, x, y, 0.3 * radius), False))
+                outlines.append((blob(rng, x, y, 0.3 * radius), "exclusion"))
     for _ in range(rng.integers(4, 10)):  # germinal centres: the distractors
         x, y = inside[rng.integers(len(inside))]
-        benign.append((blob(rng, x, y, side * rng.uniform(0.03, 0.08), 0.12), True))
+        benign.append((blob(rng, x, y, side * rng.uniform(0.03, 0.08), 0.12), "tumour"))
 
     kind = np.full((side, side), LYMPHOCYTE, np.uint8)
     kind[Annotation(benign).mask(0, 0, side, side) == 1] = BENIGN
-    kind[Annotation(polygons).mask(0, 0, side, side) == 1] = TUMOUR
+    kind[Annotation(outlines).mask(0, 0, side, side) == 1] = TUMOUR
     stroma = (np.abs(smooth_noise(rng, side, side // 10)) < 0.12) & (kind != BENIGN)
 
     nuclei = Image.new("L", (side, side))
@@ -108,18 +108,18 @@ def draw_slide(rng, side=2048, tumour=True):
     density *= tissue[..., None]
     light = 244 * np.exp(-density.astype(np.float32) @ stains.clip(0.05).astype(np.float32))
     picture = light + 3 * rng.standard_normal((side, side, 1), np.float32)
-    return picture.clip(0, 255).astype(np.uint8), polygons
+    return picture.clip(0, 255).astype(np.uint8), outlines
 
 
-def write_slide(path, picture, polygons, mpp=MPP):
+def write_slide(path, picture, shapes, mpp=MPP):
     """Write `path`.tif, a BigTIFF pyramid of YCbCr JPEG tiles (absent where white), and .xml."""
     path = Path(path)
     images = (Image.fromarray(picture).reduce(2**level) for level in range(LEVELS))
     write_pages(
         path.with_suffix(".tif"), ((im.width, im.height, *jpeg_tiles(im)) for im in images), mpp
     )
-    if polygons:
-        write_annotation(path.with_suffix(".xml"), polygons)
+    if shapes:
+        write_annotation(path.with_suffix(".xml"), shapes)
 
 
 def write_pages(path, pages, mpp):

@@ -33,9 +33,9 @@ SQUARE = np.array([(10, 10), (30, 10), (30, 30), (10, 30)], float)
 )
 def test_original_files_keep_areas_and_skip_dots_rulers_and_rings_of_two(name, tumour, exclusions):
     annotation = read_annotation(XML / f"{name}.xml")
-    kinds = [is_tumour for _, is_tumour in annotation.polygons]
-    assert (kinds.count(True), kinds.count(False)) == (tumour, exclusions)
-    assert all(len(xy) >= 3 for xy, _ in annotation.polygons)
+    shapes = annotation.shapes
+    assert (len(shapes["tumour"]), len(shapes.get("exclusion", ()))) == (tumour, exclusions)
+    assert all(len(xy) >= 3 for rings in shapes.values() for xy in rings)
 
 
 def write_xml(path, *rings, groups=(), order=None):
@@ -81,7 +81,7 @@ def test_points_are_put_by_their_order(tmp_path):
 def test_the_order_is_one_of_numbers(tmp_path, order):
     """As texts, "10" comes before "2"."""
     path = write_xml(tmp_path / "a.xml", ("_0", "Polygon", SQUARE), order=order)
-    ((xy, _),) = read_annotation(path).polygons
+    (xy,) = read_annotation(path).shapes["tumour"]
     assert np.array_equal(xy, SQUARE[::-1])
 
 
@@ -91,7 +91,10 @@ def test_a_group_in_a_known_one_is_of_that_one(tmp_path):
     rings = [("deep", "Polygon", SQUARE), ("fat", "Polygon", SQUARE / 2)]
     rings += [("macro", "Polygon", SQUARE + 30)]
     annotation = read_annotation(write_xml(tmp_path / "a.xml", *rings, groups=groups))
-    assert [is_tumour for _, is_tumour in annotation.polygons] == [True, True, False]
+    assert {kind: len(rings) for kind, rings in annotation.shapes.items()} == {
+        "tumour": 2,
+        "exclusion": 1,
+    }
 
 
 @pytest.mark.parametrize(
@@ -121,7 +124,7 @@ def test_a_file_whose_shapes_are_all_skipped_is_not_one_of_a_normal_slide(tmp_pa
 
 def test_a_file_without_any_shape_is_one_of_a_normal_slide(tmp_path, capsys):
     path = write_xml(tmp_path / "a.xml", groups={"metastases": "None"})
-    assert read_annotation(path).polygons == []
+    assert read_annotation(path).shapes == {}
     assert read_annotation(path).mask(0, 0, 9, 9).sum() == 0 and not capsys.readouterr().err
 
 
@@ -129,7 +132,7 @@ def test_outlines_that_were_put_in_no_group_are_warned_of(tmp_path, capsys):
     rings = [("_0", "Polygon", SQUARE), ("None", "Polygon", SQUARE), (None, "Spline", SQUARE)]
     annotation = read_annotation(write_xml(tmp_path / "a.xml", *rings))
     said = capsys.readouterr().err
-    assert len(annotation.polygons) == 1 and said.count("\n") == 1 and "a.xml" in said
+    assert len(annotation.shapes["tumour"]) == 1 and said.count("\n") == 1 and "a.xml" in said
     read_annotation(write_xml(tmp_path / "a.xml", *rings[:1], ("None", "Dot", SQUARE[:1])))
     assert "1 Dot of 1 points" in capsys.readouterr().err
 
@@ -209,13 +212,16 @@ def test_winding_equals_the_brute_force_loop(name):
 @pytest.mark.parametrize("downsample", [1, 2, 4])
 def test_mask_of_a_tile_is_the_union_of_its_rings_less_exclusions(downsample):
     rng = np.random.default_rng(1)
-    rings = [(rng.uniform(0, 80, (7, 2)) + rng.uniform(0, 40, 2), n != 1) for n in range(4)]
+    rings = [
+        (rng.uniform(0, 80, (7, 2)) + rng.uniform(0, 40, 2), "exclusion" if n == 1 else "tumour")
+        for n in range(4)
+    ]
     x, y, w, h = 60 // downsample - 12, 50 // downsample - 9, 25, 19
     slow = np.zeros((h, w), bool)
-    for wanted in (True, False):
-        for xy, is_tumour in rings:
-            if is_tumour == wanted:
-                slow[slow_winding((xy + 0.5) / downsample - 0.5 - (x, y), w, h) != 0] = wanted
+    for wanted, value in (("tumour", True), ("exclusion", False)):
+        for xy, kind in rings:
+            if kind == wanted:
+                slow[slow_winding((xy + 0.5) / downsample - 0.5 - (x, y), w, h) != 0] = value
     fast = Annotation(rings).mask(x, y, w, h, downsample)
     assert np.array_equal(fast, slow) and 0 < slow.sum() < slow.size
 
@@ -224,10 +230,12 @@ def test_mask_of_a_tile_is_the_union_of_its_rings_less_exclusions(downsample):
 
 
 def touch(folder, *names):
-    """Empty files; `find_slides` opens tables alone."""
+    """Empty files, XML with an outline of tumour; `find_slides` opens these and tables alone."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
+        if name.lower().endswith(".xml"):
+            write_xml(folder / name, ("_0", "Polygon", SQUARE))
     return folder
 
 

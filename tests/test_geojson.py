@@ -84,7 +84,7 @@ def test_collections_lists_and_classes_of_any_spelling_are_read(tmp_path, form):
 def test_what_is_to_be_ignored_is_cut_out_whatever_the_order_but_for_its_holes(tmp_path, name):
     cut = feature([box(5, 5, 10, 10), box(8, 8, 2, 2)[::-1]], name)
     found = converted(tmp_path, [cut, feature([box(0, 0, 20, 20)])])
-    assert [is_tumour for _, is_tumour in found.polygons] == [True, False]
+    assert [len(found.shapes[kind]) for kind in ("tumour", "exclusion")] == [1, 1]
     mask = found.mask(0, 0, 20, 20)
     assert mask.sum() == 400 - 100 + 4 and mask[9, 9] == 1 and mask[6, 6] == 0
 
