@@ -15,26 +15,27 @@ import numpy as np
 
 import evaluate
 from extras import outline, predict
-from slide import read_annotation
+from slide import DataError, read_annotation, warn
 
 # Largest diameter in mm, as CAMELYON has them; ITC: isolated tumour cells.
 SIZES = {"macro": (2.0, np.inf), "micro": (0.2, 2.0), "ITC": (0.0, 0.2)}
 
 
-def rings_of(level, *annotations):
-    """Outlines of what is tumour in all of `annotations`, on a whole level."""
-    boxes = [(0, y, level.width, min(256, level.height - y)) for y in range(0, level.height, 256)]
-    masks = ([a.mask(*box, level.downsample) == 1 for a in annotations] for box in boxes)
-    return outline.trace(np.all(strip, axis=0) for strip in masks)
-
-
 def compare(truth, found, level, min_area):
     """Two Annotations -> TP, FP, FN px; [(diameter in px, was found)] of lesions; false positives.
 
-    Glass counts too: what is outlined there is missed. A lesion is a patch of touching pixels of
-    `min_area` px or more. One pixel of both: it was found; a patch that has none is a false one.
+    Only what a roi holds is compared, on a slide that has one. Glass counts too: what is outlined
+    there is missed. A lesion is a patch of touching pixels of `min_area` px or more. One pixel of
+    both: it was found; a patch that has none is a false one.
     """
-    true, answer, both = (rings_of(level, *of) for of in ([truth], [found], [truth, found]))
+    boxes = [(0, y, level.width, min(256, level.height - y)) for y in range(0, level.height, 256)]
+
+    def rings_of(select):
+        masks = ([a.mask(*box, level.downsample) for a in (truth, found)] for box in boxes)
+        return outline.trace(select(*pair) for pair in masks)
+
+    true, answer = rings_of(lambda t, f: t == 1), rings_of(lambda t, f: (t >= 0) & (f == 1))
+    both = rings_of(lambda t, f: (t == 1) & (f == 1))
     tp, outlined, drawn = (outline.area(rings) for rings in (both, true, answer))
     met = np.array([ring.xy[0] for ring in both if not ring.is_hole], int).reshape(-1, 2)
     hit, right = outline.lesion_at(true, met), outline.lesion_at(answer, met)
@@ -46,8 +47,11 @@ def compare(truth, found, level, min_area):
 
 def score(model, tiles, out, args):
     """Predict the slides of `tiles` and compare with their annotation -> figures, None for none."""
-    counts, lesions, slides = [], [], []
+    counts, lesions, slides, no_mask = [], [], [], []
     for n, (source, slide, truth) in enumerate(zip(tiles.sources, tiles.slides, tiles.annotations)):
+        if truth.has_regions and "roi" not in truth.shapes:
+            no_mask.append(source.name)
+            continue
         folder = out / Path(source.name).parent
         k, mpp = predict.predict_slide(model, source.path, folder, args)
         found = read_annotation(folder / f"{source.path.stem}_pred.xml")
@@ -57,6 +61,9 @@ def score(model, tiles, out, args):
         dsc, iou = evaluate.dsc_iou(np.array([pixels]))
         false = false if n in tiles.table["slide"] else None  # without tissue: not looked at
         slides.append({"slide": source.name, "dsc": dsc, "iou": iou, "false_positives": false})
+    warn("slides have label regions alone, no mask: left out", no_mask)
+    if not counts:
+        raise DataError("no slide has a mask to score; outline tumour in a roi")
     recall = {}
     for size, (least, most) in SIZES.items():
         hits = [was_found for diameter, was_found in lesions if least <= diameter < most]

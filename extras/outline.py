@@ -1,7 +1,7 @@
 """Outlines of a mask: the inverse of slide.Annotation.mask, exact to the pixel; ASAP's XML of them.
 
     rings = trace(strips)                   # a mask in strips of rows, (h, W) bool, top to bottom
-    polygons = to_polygons(rings, 4)        # [(xy, kind)] in level-0 pixels, downsample 4
+    polygons = to_shapes(rings, 4)        # [(xy, kind)] in level-0 pixels, downsample 4
 
 A ring runs between the pixels. Its corner (x, y) is the upper left one of pixel (x, y), so it lies
 at (x - .5, y - .5) of the mask's level. Tumour pixels that touch at a corner are of one lesion, as
@@ -118,7 +118,7 @@ def diameter(ring):
     return np.ptp(ring.xy @ (np.cos(angle), np.sin(angle)), axis=0).max()
 
 
-def to_polygons(rings, downsample):
+def to_shapes(rings, downsample):
     """Rings at 1 / `downsample` -> [(xy, kind)] for an Annotation, in level-0 pixels.
 
     Lesions are filled and holes cleared after them, so the outline of a hole goes around the

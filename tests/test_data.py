@@ -516,7 +516,7 @@ def test_a_square_over_the_edge_counts_as_its_part_on_the_slide(tmp_path):
 def test_a_slide_smaller_than_a_tile_is_one_tile(tmp_path):
     painted(tmp_path / "a", 40, 24, 40)
     tiles = data.tile_slides([data.Source("a", tmp_path / "a.tif", None, "test")], 64, 0.5)
-    assert tiles.table.tolist() == [(0, 0, 0, 0, False, 0.0, data.NORMAL)]
+    assert tiles.table.tolist() == [(0, 0, 0, 0, False, 0.0, data.NORMAL, 1.0)]
 
 
 def test_an_empty_slide_stays_empty_and_one_without_glass_whole(tmp_path):

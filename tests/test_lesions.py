@@ -29,7 +29,7 @@ def score(slides, tmp_path, monkeypatch):
     def figures(polygons, found):
         folder = tmp_path / Path(source.name).parent
         folder.mkdir(exist_ok=True)
-        answer = outline.to_polygons(outline.trace([found]), 2)
+        answer = outline.to_shapes(outline.trace([found]), 2)
         outline.write_annotation(folder / f"{source.path.stem}_pred.xml", answer)
         annotations, slide = [Annotation(polygons)], Slide(source.path)
         tiles = SimpleNamespace(sources=[source], slides=[slide], annotations=annotations)
@@ -42,13 +42,13 @@ def score(slides, tmp_path, monkeypatch):
 def test_pixels_and_lesions_are_counted(score):
     """Lesions of three sizes; some found, some not, one found in two pieces."""
     truth = [
-        (box(10, 10, 250, 60), True),
-        (box(30, 30, 20, 20), False),
-        (box(38, 38, 4, 4), True),  # in the hole of the large one, and cleared with it
-        (box(10, 100, 30, 30), True),
-        (box(100, 100, 30, 30), True),
-        (box(200, 200, 10, 10), True),
-        (box(300, 300, 1, 1), True),  # 100 um^2: below --min-area no lesion, but a missed pixel
+        (box(10, 10, 250, 60), "tumour"),
+        (box(30, 30, 20, 20), "exclusion"),
+        (box(38, 38, 4, 4), "tumour"),  # in the hole of the large one, and cleared with it
+        (box(10, 100, 30, 30), "tumour"),
+        (box(100, 100, 30, 30), "tumour"),
+        (box(200, 200, 10, 10), "tumour"),
+        (box(300, 300, 1, 1), "tumour"),  # 100 um^2: below --min-area no lesion, but a missed pixel
     ]
     found = np.zeros((384, 384), bool)
     found[10:70, 10:100] = found[10:70, 150:260] = True  # the macro one, in two pieces

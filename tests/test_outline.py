@@ -61,7 +61,7 @@ def regions(n):
 @pytest.mark.parametrize("downsample", [1, 4])
 def test_outline_to_xml_to_mask_is_the_identity(tmp_path, downsample):
     for n, mask in enumerate([*MASKS, np.ones((3, 5), bool), np.zeros((4, 4), bool)]):
-        polygons = outline.to_polygons(outline.trace(strips(mask, 1 + n % 9)), downsample)
+        polygons = outline.to_shapes(outline.trace(strips(mask, 1 + n % 9)), downsample)
         outline.write_annotation(tmp_path / "a.xml", polygons)
         again = read_annotation(tmp_path / "a.xml")
         assert sum(map(len, again.shapes.values())) == len(polygons)
@@ -85,7 +85,7 @@ def test_specks_and_small_holes_go_with_all_that_is_in_them():
         for region in regions(n):
             inside += region if region.sum() >= least else 0
         rings = outline.trace(strips(mask), least)
-        again = Annotation(outline.to_polygons(rings, 1)).mask(0, 0, *mask.shape[::-1])
+        again = Annotation(outline.to_shapes(rings, 1)).mask(0, 0, *mask.shape[::-1])
         assert np.array_equal(again, inside % 2)
 
 

@@ -175,7 +175,7 @@ def test_xml_geojson_and_slides_csv_are_of_one_mask(slides, predicted):
         row, mask = rows[path.stem], page(predicted / f"{path.stem}_likelihood_map.tif") >= 128
         rings = outline.trace([mask], 200)
         lesions = [ring for ring in rings if not ring.is_hole]
-        kept = Annotation(outline.to_polygons(rings, 2)).mask(0, 0, 384, 384, 2)
+        kept = Annotation(outline.to_shapes(rings, 2)).mask(0, 0, 384, 384, 2)
         annotation = read_annotation(predicted / f"{path.stem}_pred.xml")
         assert np.array_equal(annotation.mask(0, 0, 384, 384, 2), kept)
         features = json.loads((predicted / f"{path.stem}.geojson").read_text())["features"]
@@ -237,7 +237,7 @@ def test_simplified_outlines_differ_in_blocks_that_the_exact_ones_cross_alone(tm
         args = SimpleNamespace(threshold=0.5, min_area=0, simplify=n)
         rings, _ = predict.outlines(tmp_path / "p.tif", 1, args)
         corners.append(sum(len(ring.xy) for ring in rings))
-        masks.append(Annotation(outline.to_polygons(rings, n)).mask(0, 0, 304, 528))
+        masks.append(Annotation(outline.to_shapes(rings, n)).mask(0, 0, 304, 528))
     assert np.array_equal(masks[0], p >= 127.5) and corners[1] < corners[0] / side
     blocks = masks[0].reshape(528 // side, side, 304 // side, side)
     crossed = (blocks.min((1, 3)) != blocks.max((1, 3))).repeat(side, 0).repeat(side, 1)
@@ -380,7 +380,7 @@ def test_a_slide_on_which_no_tissue_was_found_is_not_called_free_of_tumour(run, 
     synthetic.write_slide(tmp_path / "glass", np.full((300, 410, 3), 255, np.uint8), [])
     argv = [*flags(run, tmp_path / "out"), tmp_path / "glass.tif"]
     status, out, err = call(predict.main, *argv)
-    assert status == 0 and err.startswith("warning: ") and "nothing was looked at" in err
+    assert status == 0 and err.startswith("warning: ") and "nothing predicted" in err
     assert "tumour" not in out and "windows 0" in out
     (row,) = table(tmp_path / "out")
     cells = [row[name] for name in ("tumour_mm2", "score", "lesions", "diameter_mm")]
