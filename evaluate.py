@@ -156,7 +156,7 @@ def write_pictures(folder, model, tiles, rows, counts, args, each=4):
     cancer = (tiles.table["label"][rows] == data.CANCER) & tiles.has_mask[rows]
     order = np.argsort([dsc_iou(c[None])[0] for c in counts[cancer]], kind="stable")[::-1]
     starts = {"best": 0, "median": (len(order) - each) // 2, "worst": len(order) - each}
-    for name, start in starts.items():
+    for name, start in starts.items() if cancer.any() else ():
         lines = []
         for row in rows[cancer][order[max(start, 0) :][:each]].tolist():
             image, mask, _ = tiles[row, 0]
