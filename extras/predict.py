@@ -26,6 +26,7 @@ from extras import geojson, outline, pyramid
 from slide import DataError, Slide, warn
 
 PICTURE = 1000  # px, the longer side of NAME.png at most
+COLOURS = {"roi": (0, 90, 255), "cancer region": (220, 0, 0), "normal region": (0, 150, 60)}
 # The smallest lesions outlined in CAMELYON are single cells of 140 um^2; .9 of them exceed 350.
 DEFAULTS = {"overlap": 0.5, "threshold": 0.5, "min_area": 200.0, "simplify": 0}
 FIELDS = "slide", "windows", "tumour_mm2", "lesions", "diameter_mm", "score"
@@ -73,13 +74,14 @@ def outlines(probability, mpp, args):
 
 
 def write_picture(path, slide, shapes):
-    """The slide with its outlines, PICTURE px at most."""
+    """The slide with its outlines in yellow, regions in COLOURS, PICTURE px at most."""
     k = max(k for k, lv in enumerate(slide.levels) if not k or max(lv[:2]) >= PICTURE)
     view = Image.fromarray(slide.read(k, 0, 0, *slide.levels[k][:2]))
     view.thumbnail((PICTURE, PICTURE))
     pen, scale = ImageDraw.Draw(view), view.width / slide.levels[0].width
-    for xy, _ in shapes:
-        pen.polygon((xy * scale).ravel().tolist(), outline=(255, 230, 0), width=2)
+    for xy, kind in shapes:
+        colour = COLOURS.get(kind, (255, 230, 0))
+        pen.polygon((xy * scale).ravel().tolist(), outline=colour, width=2)
     view.save(path)
 
 

@@ -59,7 +59,7 @@ def test_names_of_a_run_in_the_docs_are_those_of_its_files(run):
     header = (run[0] / "tiles.csv").read_text().splitlines()[0]
     assert set(re.findall(r"`(\w+)`", rows["results.json"])) == set(results)
     assert set(re.findall(r"`(\w+)`", rows["log.jsonl"])) == set(line) - {"epoch"}
-    assert len(header.split(",")) == 9
+    assert len(header.split(",")) == 10
     assert {path.name for path in run[0].iterdir()} == {
         name.rstrip("/") for name in rows if (run[0] / name).exists()
     }
