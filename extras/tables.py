@@ -32,10 +32,15 @@ PUBLISHED = {  # (title of a table, name of a row): values, "-" where a compared
     ("IoU, masks on", "mil"): ".412 .440 .467 .553 .667 - - - .716 - .751",
 }
 S, BY_SLIDE = {"image-frac": "0"}, {"label-unit": "slide"}  # flags of train.py
-GROUPS = {"S": S, "S+C": {}, "S, masks by slide": S | BY_SLIDE, "S+C, masks by slide": BY_SLIDE}
+FIRST = {"pretrain": "labels"}  # step 2 alone first, then both in turn
+GROUPS = {"S": S, "S+C": {}, "S+C labels first": FIRST}
+GROUPS |= {f"{name}, masks by slide": flags | BY_SLIDE for name, flags in GROUPS.items()}
 SELF = {"S": S, "S+C": {}, "S+C self-trained": {"self-train": "0.8"}}  # the extension
 # Methods of extras/baselines.py: transfer learning, multi-task, multiple-instance learning.
 METHODS = {name: {"method": name} for name in ("transfer", "multitask", "mil")} | {"S+C": {}}
+# Which step comes first: none, masks, all of step 2 before all of step 1, labels.
+ORDER = {"S": S, "S+C": {}, "transfer": {"method": "transfer"}, "S+C labels first": FIRST}
+ORDER |= {f"{name}, masks by slide": flags | BY_SLIDE for name, flags in ORDER.items()}
 # Losses of the class and of the masks; dwce is the paper's DWF.
 LOSSES = ("ce", "ce"), ("ce", "fw"), ("fw", "fw"), ("fw", "dwce"), ("dwce", "dwce")
 DEFAULTS = {"beta": "3", "alpha": "1", "cls-loss": "dwce", "seg-loss": "dwce"}  # of train.py
@@ -81,6 +86,7 @@ def tables(fractions=None):
     # N of Fig. 6: image labels on N %, masks on (100 - 2N) %, but for what a row says.
     shares = (0, 0.1, 0.25, 0.5) if fractions else (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
     n = {f"{100 * i:g} %": {"pixel-frac": f"{1 - 2 * i:g}", "image-frac": f"{i}"} for i in shares}
+    all_methods = {"S": S} | METHODS | {"S+C labels first": FIRST}
     fig6 = {"S+C": {}, "S+C'": {"image-frac": "0.5"}, "S'+C": {"pixel-frac": "1"}}
     return {
         "table1": Table("beta", betas, BOTH),
@@ -88,8 +94,9 @@ def tables(fractions=None):
         "table3": Table("class + segmentation loss", losses, BOTH),
         "table4": Table("DSC, masks on", masks, GROUPS, "dsc"),
         "table5": Table("IoU, masks on", masks, GROUPS, "iou"),
-        "table6": Table("DSC, masks on", compared, {"S": S} | METHODS, "dsc"),
-        "table7": Table("IoU, masks on", compared, {"S": S} | METHODS, "iou"),
+        "table6": Table("DSC, masks on", compared, all_methods, "dsc"),
+        "table7": Table("IoU, masks on", compared, all_methods, "iou"),
+        "order": Table("DSC, masks on", masks, ORDER, "dsc"),
         "extension": Table("DSC, masks on", masks, SELF, "dsc"),
         "fig6": Table("accuracy, N =", n, fig6, "accuracy"),
         "fig5": Table("", losses, ONE),
@@ -140,7 +147,7 @@ def markdown(table, rows, caption):
         if published := dict(zip(papers, PUBLISHED.get((table.title, row), "").split())):
             body.append([f"{row}, paper", *(published.get(column, "") for column in columns)])
         body.append([f"{row}, here", *map(mean_sd, cells)])
-        s = measured.get(re.sub(r"S\+C( self-trained)?", "S", row), cells)
+        s = measured.get(re.sub(r"S\+C( self-trained| labels first)?", "S", row), cells)
         if table.rows == BOTH:
             against = [paired(cell, cells[0]) for cell in cells[1:]]
             body.append([f"{row} against {columns[0]}, paired", "", *against])
@@ -148,6 +155,10 @@ def markdown(table, rows, caption):
             full = dict(zip(columns, s)).get("100 %", {})
             body.append([f"{row.split(',')[0]} - S, paired", *map(paired, cells, s)])
             body.append(["gap closed", *(gap_closed(a, b, full) for a, b in zip(cells, s))])
+            for other in ("S+C", "transfer") if "first" in row else ():
+                if others := measured.get(row.replace("S+C labels first", other)):
+                    difference = [paired(a, b) for a, b in zip(cells, others)]
+                    body.append([f"labels first - {other}, paired", *difference])
     body = [[re.sub(r"\b0\.", ".", text) for text in line] for line in body]  # 0.831 is .831
     lines = [[table.title, *columns], ["---"] * (1 + len(columns)), *body]
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", f"{caption} {NOTE}", ""])

@@ -205,9 +205,11 @@ def test_every_kind_of_run_ends(few, tmp_path, flags):
 
 
 @pytest.mark.parametrize("epochs, pretraining", [(1, 0), (2, 1), (9, 1), (20, 2), (50, 5)])
-def test_a_tenth_of_the_epochs_is_pretraining(epochs, pretraining):
+def test_a_tenth_of_the_epochs_is_pretraining_and_half_where_labels_come_first(epochs, pretraining):
     args, _ = train.parse_args(["--data", "x", "--epochs", str(epochs)])
     assert train.pretrain_epochs(args) == pretraining
+    args.pretrain = "labels"
+    assert train.pretrain_epochs(args) == epochs // 2
 
 
 def test_the_command_of_the_readme_runs(few, tmp_path, monkeypatch):
