@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from collections import namedtuple
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -181,15 +182,15 @@ def tissue_share(slide, level, tile):
     low = slide.levels[k]
     if low.width * low.height > 1 << 27:
         slide.fail(f"its smallest level up to 1/{coarsest} is too large to look at")
-    colours = slide.read(k, 0, 0, low.width, low.height).transpose(2, 0, 1)
-    chroma = colours.max(0) - colours.min(0)
+    red, green, blue = np.moveaxis(slide.read(k, 0, 0, low.width, low.height), 2, 0)
+    chroma = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
     mask = Image.fromarray((chroma > np.clip(otsu(chroma), 8, 30)).astype(np.float32))
     return np.asarray(mask.reduce(side // low.downsample))  # box means
 
 
 def otsu(values):
     """Otsu's threshold of a uint8 array: the value that best splits it in two, <= it and > it."""
-    count = np.bincount(values.ravel(), minlength=256).astype(float)
+    count = np.array(Image.fromarray(values).histogram(), float)
     below, moment = count.cumsum(), (count * np.arange(256)).cumsum()
     spread = (moment[-1] * below - moment * below[-1]) ** 2
     return int((spread / np.maximum(below * (below[-1] - below), 1)).argmax())
@@ -251,6 +252,8 @@ def tile_slides(sources, tile=512, mpp=0.5, level=None):
 
 def label_of(annotation, *box):
     """What is known of a tile -> share of tumour, image-level label or None, share of known px."""
+    if not annotation.has_regions and not annotation.near(*box):
+        return 0.0, NORMAL, 1.0  # at once: nearly all tiles
     mask = annotation.mask(*box)
     labelled = mask >= 0
     tumour = (mask == 1).sum() / labelled.sum() if labelled.any() else math.nan
@@ -347,13 +350,16 @@ def batches(rows, batch_size, seed, first, last):
     The sequence is pass after shuffled pass over `rows`, each tile turned at random: `seed` and a
     batch's number alone decide it, so a resumed run gets the batches of an uninterrupted one.
     """
-    assert len(rows), "no tiles to draw batches from"
-    rng, keys = np.random.default_rng(seed), []
-    for n in range(last):
-        while len(keys) < batch_size:
+    rng = np.random.default_rng(seed)
+
+    def keys():
+        while True:
             turns = rng.integers(8, size=len(rows)).tolist()
-            keys += zip(rng.permutation(rows).tolist(), turns)
-        batch, keys = keys[:batch_size], keys[batch_size:]
+            yield from zip(rng.permutation(rows).tolist(), turns)
+
+    endless = keys()
+    for n in range(last):
+        batch = list(islice(endless, batch_size))
         if n >= first:
             yield batch
 

@@ -193,6 +193,11 @@ class Annotation:
         for kind, rings in self.shapes.items():
             self.boxes[kind] = np.array([(*xy.min(0), *xy.max(0)) for xy in rings])
 
+    def near(self, x, y, w, h, downsample=1):
+        """Whether the box of any shape meets these w x h px."""
+        low, high = (np.array(xy) * downsample for xy in ((x - 1, y - 1), (x + w + 1, y + h + 1)))
+        return any(((b[:, :2] < high) & (b[:, 2:] > low)).all(1).any() for b in self.boxes.values())
+
     def inside(self, kind, x, y, w, h, downsample=1):
         """The w x h px at (x, y) of the level `downsample` -> (h, w) bool, in a shape of `kind`."""
         inside = np.zeros((h, w), bool)

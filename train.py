@@ -3,10 +3,10 @@
     python train.py --pixel-frac 0.1                        # synthetic slides, no data needed
     python train.py --data CAMELYON16 --pixel-frac 0.1      # S+C, the paper's headline row
     python train.py --data CAMELYON16 --pixel-frac 0.1 --image-frac 0       # S, no image labels
-    python train.py --resume runs/x/last.pt                 # from its last whole epoch
+    python train.py --resume runs/x/last.pt                 # from its last checkpoint
 
 Sections 1.2 and 1.4, Figs. 2 and 4: pre-train with step 1 alone, then alternate. Writes to --out:
-last.pt (checkpoint), log.jsonl (a line per epoch), tiles.csv, results.json, pictures/.
+last.pt (checkpoint), log.jsonl (losses by epoch), tiles.csv, results.json, pictures/.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from slide import DataError
 # Deviation: the paper gives no tile size, resolution or epochs; here 512 px, 0.5 um/px and 50,
 # because comparable work is near these.
 FULL = {"tile": 512, "mpp": 0.5, "width": 32, "lr": 1e-4, "epochs": 50}  # lr: section 2.1
+SAVE_EVERY = 600  # s: last.pt and a line of the log, also inside a long epoch
 DEMO = {"tile": 128, "mpp": 1.0, "width": 16, "lr": 1e-3, "epochs": 8}  # without --data
 
 
@@ -124,7 +125,7 @@ def save(path, model, optimizer, iteration, fingerprint, args):
 
 
 def log_line(epoch, totals, batch_size, start):
-    """Totals over an epoch's iterations -> the numbers to print and log. DataError for NaN."""
+    """Totals since the last line -> the numbers to print and log. DataError for NaN."""
     totals = {name: float(value) for name, value in totals.items()}  # waits for a GPU
     n, seconds, line = totals["iterations"], time.time() - start, {"epoch": epoch}
     if "loss_seg" in totals:
@@ -134,9 +135,10 @@ def log_line(epoch, totals, batch_size, start):
         accuracy = totals["correct"] / n / batch_size
         line |= {"loss_cls": totals["loss_cls"] / n, "train_accuracy": accuracy}
     if not all(map(math.isfinite, line.values())):
-        raise DataError(f"the loss is not finite in epoch {epoch}; lower --lr")
+        raise DataError(f"the loss is not finite in epoch {math.ceil(epoch)}; lower --lr")
     line |= {"iterations_per_s": n / seconds, "seconds": seconds}
-    return {name: float(f"{value:.4g}") for name, value in line.items()} | {"epoch": epoch}
+    line = {name: float(f"{value:.4g}") for name, value in line.items()}
+    return line | {"epoch": int(epoch) if epoch == int(epoch) else epoch}
 
 
 def batch_stream(args, tiles, rows, stream, first, last):
@@ -186,11 +188,12 @@ def main(argv=None):
     first, lines = 0, []
     if checkpoint:
         first, lines = restore(args, checkpoint, model, adam, fingerprint)
-        print(f"going on after epoch {first // per_epoch} of {args.epochs}", flush=True)
+        lines = [line for line in lines if json.loads(line)["epoch"] * per_epoch < first + 0.5]
+        print(f"going on after epoch {first / per_epoch:g} of {args.epochs}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     data.write_tiles(out / "tiles.csv", tiles, mask_rows, label_rows)
     checkpoint_path, log_path = out / "last.pt", out / "log.jsonl"
-    log_path.write_text("".join(lines[: first // per_epoch]))
+    log_path.write_text("".join(lines))
     save(checkpoint_path, model, adam, first, fingerprint, args)
     resume = f"interrupted; go on with: python train.py --resume {checkpoint_path}"
     signal.signal(signal.SIGINT, lambda *_: sys.exit(resume))
@@ -233,8 +236,8 @@ def main(argv=None):
             totals["loss_cls"] += loss_cls.detach()
             totals["correct"] += (logits.argmax(1) == labels).sum()
 
-        if (n + 1) % per_epoch == 0:
-            line = log_line((n + 1) // per_epoch, totals, args.batch_size, start)
+        if (n + 1) % per_epoch == 0 or time.time() - start > SAVE_EVERY:
+            line = log_line((n + 1) / per_epoch, totals, args.batch_size, start)
             with log_path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             save(checkpoint_path, model, adam, n + 1, fingerprint, args)

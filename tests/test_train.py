@@ -283,6 +283,24 @@ def test_a_run_with_labels_first_resumes_bit_for_bit_and_each_step_takes_its_bat
     assert_equal_runs(tmp_path / "whole", tmp_path / "half")
 
 
+def test_a_run_killed_within_a_long_epoch_goes_on_from_there(few, whole, tmp_path, monkeypatch):
+    """An epoch of CAMELYON takes an hour on a GPU: a preempted job lost it."""
+    once = checkpoint_of(whole)["iteration"] // 3
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)
+    stop = after(once + 4, train.save, lambda: sys.exit("stopped"))  # the first is at iteration 0
+    monkeypatch.setattr(train, "save", stop)
+    argv = ["--data", few, "--out", tmp_path / "r", *TINY, "--epochs", 3]
+    assert one_line_of(*call(train.main, *argv)) == "stopped"
+    monkeypatch.undo()
+    assert checkpoint_of(tmp_path / "r")["iteration"] == once + 3
+    lines = [line["epoch"] for line in log_of(tmp_path / "r")]
+    assert lines == pytest.approx([n / once for n in range(1, once + 4)])
+    ok(train.main, "--resume", tmp_path / "r/last.pt")
+    one, two = checkpoint_of(whole), checkpoint_of(tmp_path / "r")
+    assert all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
+    assert [line["epoch"] for line in log_of(tmp_path / "r")] == [*lines, 2, 3]
+
+
 def test_a_checkpoint_goes_on_in_another_folder_and_without_its_log(few, whole, tmp_path):
     """A traceback in place of this: last.pt was copied alone, or --out was another folder."""
     (tmp_path / "a").mkdir()
