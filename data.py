@@ -17,6 +17,7 @@ import re
 import signal
 import sys
 import time
+import unicodedata
 from collections import namedtuple
 from itertools import islice
 from pathlib import Path
@@ -34,6 +35,7 @@ CANCER, NORMAL, AMBIGUOUS = 1, 0, -1  # image-level labels; AMBIGUOUS never trai
 # CAMELYON16 slides on which not every metastasis is outlined, as its authors list them.
 INCOMPLETE = (10, 15, 18, 20, 25, 29, 33, 34, 44, 46, 51, 54, 55, 56, 67, 79, 85, 92, 95, 110)
 INCOMPLETE = {f"tumor_{n:03}" for n in INCOMPLETE} | {"test_114"}
+WITHDRAWN = {"normal_086", "test_049"}  # by them too: the first has tumour, the second a twin
 # A slide to use: its path below the data folder and in full, its XML or None, "train" or "test".
 Source = namedtuple("Source", "name path xml split")
 # A tile: number of its slide, x and y in level-0 px, level, whether it is to train on, share of
@@ -56,38 +58,47 @@ def progress(items, what, total=None):
 def find_slides(root, seed=0):
     """Slides below the folder `root`, with annotation and split -> [Source].
 
-    A slide is used if it has an XML of its stem, is called normal*, is negative in stage_labels.csv
-    or stages.csv, or Normal in reference.csv; others are named in a warning. Folders train* and
-    test* are the split where both hold such slides, else it is drawn with `seed`.
+    A slide is used if it has an XML of its name, is called normal, normal_001 or the like, or is
+    normal by a table (see `label_tables`); others are named in a warning. Folders train* and test*
+    are the split where both hold such slides, else it is drawn with `seed`.
     """
     try:
         files = sorted(walk(Path(root), set()))
     except OSError as error:
         raise DataError(f"{error.filename}: {error.strerror}; give a folder to read") from None
     paths = [f for f in files if f.suffix.lower() in (".tif", ".tiff", ".svs")]
-    paths = [f for f in paths if not f.stem.lower().endswith(NO_SLIDES)]
+    paths = [f for f in paths if not stem(f).endswith(NO_SLIDES)]
     if not paths:
         raise DataError(f"{root}: no .tif, .tiff or .svs slides; give the folder that holds them")
-    normal = normal_slides(files)
+    normal_by_table = label_tables(files, paths)
     xml_of = match_annotations(paths, [f for f in files if f.suffix.lower() == ".xml"])
     shared, sources, left_out = os.path.commonpath([f.parent for f in paths]), [], []
     for path in paths:
-        name, stem = path.relative_to(root).as_posix(), path.stem.lower()
+        name = path.relative_to(root).as_posix()
+        normal = normal_by_table.get(path, re.match("normal([^a-z]|$)", stem(path)))
         split = re.search("(^|/)(train|test)[^/]*/", path.relative_to(shared).as_posix().lower())
-        if path in xml_of or stem in normal or stem.startswith("normal"):
+        if path in xml_of or normal:
             sources.append(Source(name, path, xml_of.get(path), split[2] if split else ""))
         else:
             left_out.append(name)
+    for source in sources:
+        if source.xml and source.path in normal_by_table:
+            kinds = {kind for _, kind, _ in read_shapes(source.xml)}
+            if ("tumour" in kinds) == normal_by_table[source.path] and not kinds & {*REGIONS}:
+                raise DataError(f"{source.xml}: disagrees with a label table; mend one of them")
     by_folder = {"train", "test"} <= {s.split for s in sources}
-    print("split:", "the folders train* and test*" if by_folder else f"drawn with seed {seed}")
+    drawn = f"drawn with seed {seed}, by patient where names have one, else by slide"
+    print("split:", "the folders train* and test*" if by_folder else drawn)
     if by_folder:
         left_out += [s.name for s in sources if not s.split]
         sources = [s for s in sources if s.split]
     else:
         sources = seeded_split(sources, seed)
     train, test = ({patient(s) for s in sources if s.split == side} for side in ("train", "test"))
-    incomplete = [s.name for s in sources if s.path.stem.lower() in INCOMPLETE]
+    incomplete = [s.name for s in sources if stem(s.path) in INCOMPLETE]
+    withdrawn = [s.name for s in sources if stem(s.path) in WITHDRAWN]
     warn("slides left out: no XML and not known as normal, or outside train and test", left_out)
+    warn("slides were withdrawn from CAMELYON16; remove them", withdrawn)
     warn("patients are both in train and in test", sorted(train & test))
     warn("slides are not outlined in full; their 'normal' tiles may be tumour", incomplete)
     return sources
@@ -103,44 +114,64 @@ def walk(folder, seen):
             yield from walk(path, seen) if path.is_dir() else [path]
 
 
-def normal_slides(files):
-    """Stems that the label tables of CAMELYON16 and 17 call normal or negative, lower case."""
-    stems = set()
+def stem(path):
+    """The name of a file without extension, lower case; .ome.tif is one extension, as in QuPath."""
+    name = unicodedata.normalize("NFC", path.name.lower())  # macOS writes accents in another form
+    return re.sub(r"(\.ome)?\.[^.]*$", "", name)
+
+
+def label_tables(files, slides):
+    """{slide: whether it is normal} by the stages.csv, stage_labels.csv, reference.csv above it.
+
+    The tables of CAMELYON16 and 17 say normal or negative. DataError where two disagree.
+    """
+    normal = {}
     for file in files:
         if file.name.lower() in ("stage_labels.csv", "stages.csv", "reference.csv"):
-            text = file.read_text("utf-8-sig", "replace").lower()
+            text, labels = file.read_text("utf-8-sig", "replace").lower(), {}
             for row in csv.reader(re.sub("[;\t]", ",", text).splitlines(), skipinitialspace=True):
-                if len(row) > 1 and row[1].strip() in ("negative", "normal"):
-                    stems.add(re.sub(r"\.(tiff?|svs)$", "", row[0].strip()))
-    return stems
+                if len(row) > 1 and row[1].strip():
+                    name = re.sub(r"\.(tiff?|svs)$", "", row[0].strip()) + ".tif"
+                    labels[stem(Path(name))] = row[1].strip() in ("negative", "normal")
+            for slide in slides:
+                if file.parent in slide.parents and stem(slide) in labels:
+                    is_normal = labels[stem(slide)]
+                    if normal.setdefault(slide, is_normal) != is_normal:
+                        raise DataError(f"{slide}: normal by one label table alone; mend {file}")
+    return normal
 
 
 def match_annotations(slides, xmls):
     """{slide: its XML}: an XML is of the slide beside it, else of the one that has none beside it.
 
-    Slide and XML have the same stem. An XML is named and not read where all slides of its stem
-    have one beside them. DataError, naming all, where two could belong together.
+    Slide and XML have the same name. XML that no slide takes are named. DataError, naming all,
+    where two could belong together.
     """
     xml_of, unused = {}, []
-    beside = {(xml.parent, xml.stem.lower()) for xml in xmls}
+    beside = {(xml.parent, stem(xml)) for xml in xmls}
     for xml in xmls:
-        same = [s for s in slides if s.stem.lower() == xml.stem.lower()]
+        same = [s for s in slides if stem(s) == stem(xml)]
         own = [s for s in same if s.parent == xml.parent]
-        own = own or [s for s in same if (s.parent, s.stem.lower()) not in beside]
+        own = own or [s for s in same if (s.parent, stem(s)) not in beside]
         if len(own) > 1 or own and own[0] in xml_of:
             several = ", ".join(map(str, [xml, *own, *(xml_of[s] for s in own if s in xml_of)]))
             raise DataError(f"{several}: which belongs to which? put each XML beside its slide")
         if own:
             xml_of[own[0]] = xml
-        elif same:
+        elif not stem(xml).endswith("_pred"):  # of extras.predict, for a person to correct
             unused.append(str(xml))
-    warn("XML are not read, because another lies beside the slide of that name", unused)
+    warn("XML are not read: no slide of that name, or another XML lies beside it", unused)
     return xml_of
 
 
 def patient(source):
-    """What stays on one side of the split: the patient if the name has one, else the slide."""
-    return re.sub(r".*(patient_\d+)_node_\d.*", r"\1", source.path.stem.lower())
+    """What stays on one side of the split: the patient if the name has one, else the slide.
+
+    CAMELYON17's patient_001_node_2 and TCGA's barcode, TCGA-A2-A0D2, have one.
+    """
+    name = stem(source.path)
+    match = re.search(r"patient_\d+|^tcga-\w\w-\w{4}(?!\w)", name)
+    return match[0] if match else name
 
 
 def seeded_split(sources, seed):

@@ -86,7 +86,11 @@ class Slide:
 
     def _add_levels(self, pages):
         base = pages[0]
-        self.mpp = um_per_px(base)
+        text = base.tags.valueof("ImageDescription", default="")  # bytes where it is not ASCII
+        text = text.decode("latin-1") if isinstance(text, bytes) else str(text)
+        self.mpp, other = um_per_px(base, text)
+        if self.mpp and other and not 0.9 < self.mpp / other < 1.1:
+            warn(f"{self.path}: {self.mpp:g} um/px is used; its index also says {other:g}")
         if not base.is_tiled:
             self.fail("striped, not tiled")
         tiled = [page for page in pages if page.is_tiled]  # not thumbnail, label, macro
@@ -94,7 +98,7 @@ class Slide:
             width, height = page.imagewidth, page.imagelength
             down = 2 ** max(0, round(math.log2(base.imagewidth / width)))
             error = width * down - base.imagewidth, height * down - base.imagelength
-            if "DPUfsImport" in base.description:
+            if "DPUfsImport" in text:
                 # Philips pads every level to whole blocks, so the widths have no ratio of 2.
                 down = 2 ** len(self.levels)
                 width, height = base.imagewidth // down, base.imagelength // down
@@ -157,8 +161,10 @@ class Slide:
             image = Image.open(io.BytesIO(lv.tables + raw), formats=("JPEG",))
             if (image.size, image.mode) != ((lv.block_w, lv.block_h), "RGB"):
                 raise OSError(f"a {image.mode} picture of {image.size}")
-            # libjpeg takes Aperio's RGB blocks, which have no APP14 marker, for YCbCr: use the tag.
-            image.tile = [image.tile[0]._replace(args=("RGB", lv.colours))]
+            # A JPEG's own markers say what its colours are. Aperio's RGB blocks have none, and
+            # libjpeg takes them for YCbCr: then the TIFF's tag decides.
+            if not {"jfif", "adobe"} & image.info.keys():
+                image.tile = [image.tile[0]._replace(args=("RGB", lv.colours))]
             image.load()
             return image
         except Exception as error:  # Pillow raises many types on damaged blocks
@@ -166,17 +172,21 @@ class Slide:
             self.fail(f"block {n} at 1/{lv.downsample} is damaged ({error})", cure)
 
 
-def um_per_px(page):
-    """um per px of a TIFF page, as OpenSlide reads it, or None where the file does not have it."""
-    number, mpp = r"\+?([\d.,]+(?:[eE][+-]?\d+)?)", 0
-    if aperio := re.search(r"\bMPP\s*=\s*" + number, page.description):
-        mpp = float(aperio[1].replace(",", "."))
-    elif philips := re.search(r'"DICOM_PIXEL_SPACING"[^>]*>[^\d.,<]*' + number, page.description):
-        mpp = 1000 * float(philips[1].replace(",", "."))
-    elif page.tags.valueof("ResolutionUnit", default=2) in (2, 3):  # inch, also if missing; cm
-        px_per_um, _ = page.get_resolution("MICROMETER")
-        mpp = 1 / px_per_um if px_per_um else 0
-    return mpp if 0.05 < mpp < 20 else None  # 72 dpi and the like are placeholders
+def um_per_px(page, text):
+    """um per px of a TIFF page, as OpenSlide reads it; another value that the file has. Or None.
+
+    `text` is its description. Aperio and Philips write it there, others as resolution in x and y.
+    """
+    number, values = r"\+?([\d.,]+(?:[eE][+-]?\d+)?)", []
+    if aperio := re.search(r"\bMPP\s*=\s*" + number, text):
+        values = [float(aperio[1].replace(",", "."))]
+    elif philips := re.search(r'"DICOM_PIXEL_SPACING"[^>]*>[^\d.,<]*' + number, text):
+        values = [1000 * float(philips[1].replace(",", "."))]
+    if page.tags.valueof("ResolutionUnit", default=2) in (2, 3):  # inch, also if missing; cm
+        values += [1 / px if px else 0 for px in page.get_resolution("MICROMETER")]
+    # 72 dpi and the like are placeholders. The last is of y, or of the tags beside a text.
+    values = [mpp if 0.05 < mpp < 20 else None for mpp in values] or [None]
+    return values[0], values[-1]
 
 
 class Annotation:

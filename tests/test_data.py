@@ -379,7 +379,7 @@ def test_a_patient_on_both_sides_is_named(tmp_path, capsys):
 
 
 def test_a_slide_without_xml_is_normal_only_where_that_is_known(tmp_path, capsys):
-    known = ["deep/er/Normal_002.TIFF", "patient_003_node_1.tif", "mine.svs", "test_002.tif"]
+    known = ["deep/er/Normal_002.TIFF", "patient_003_node_1.tif", "mine.svs", "deep/test_002.tif"]
     unknown = ["x_004.svs", "patient_003_node_2.tif", "abnormal.tif", "y.tif"]
     touch(tmp_path, *known, *unknown, "tumor_001.tif", "annotations/tumor_001.xml")
     touch(tmp_path, "tumor_001_mask.tif", "tumor_001_likelihood_map.tif", ".hidden.tif")
@@ -420,6 +420,92 @@ def test_an_xml_that_may_be_of_two_slides_is_refused_and_all_are_named(tmp_path,
         data.find_slides(touch(tmp_path, *names, *beside))
     assert all(str(tmp_path / name) in str(caught.value) for name in names)
     assert not any(str(tmp_path / name) in str(caught.value) for name in beside)
+
+
+@pytest.mark.parametrize("name, normal", [("normal", 1), ("Normal_3", 1), ("normal-a", 1)])
+@pytest.mark.parametrize("word", ["normalized_tumor_2", "abnormal_2", "normality"])
+def test_normal_is_a_word_not_the_start_of_one(tmp_path, capsys, name, normal, word):
+    """Stain-normalised copies of tumour slides were taken for normal ones, in silence."""
+    touch(tmp_path, f"{name}.tif", f"{word}.tif", "t.tif", "t.xml")
+    assert set(found(tmp_path)) == {f"{name}.tif", "t.tif"}
+    assert f"{word}.tif" in capsys.readouterr().err
+
+
+def test_xml_that_no_slide_takes_is_named_but_not_a_prediction(tmp_path, capsys):
+    """The XML of slides that were renamed are outlines that nobody reads."""
+    touch(tmp_path, "a.tif", "a.xml", "old/tumor_002.xml", "a_pred.xml")
+    assert set(found(tmp_path)) == {"a.tif"}
+    said = capsys.readouterr().err
+    assert "1 XML are not read" in said and "tumor_002.xml" in said and "pred" not in said
+
+
+@pytest.mark.parametrize("xml", ["case.xml", "case.ome.xml"])
+def test_ome_tif_is_one_extension_as_in_qupath(tmp_path, xml):
+    touch(tmp_path, "case.ome.tif", xml)
+    assert found(tmp_path) == {"case.ome.tif": (xml, "train")}
+
+
+def test_names_are_compared_in_one_unicode_form(tmp_path):
+    """macOS writes an accent as a letter of its own: the XML of Windows was not found."""
+    touch(tmp_path, "caf\u00e9.tif", "x/cafe\u0301.xml")
+    assert found(tmp_path)["caf\u00e9.tif"][0] == "x/cafe\u0301.xml"
+
+
+def test_a_label_table_is_for_the_slides_below_its_folder(tmp_path, capsys):
+    """Two hospitals number their slides alike: one's table made the other's slide normal."""
+    touch(tmp_path, "a/s1.tif", "b/s1.tif", "b/s2.tif", "b/s2.xml")
+    (tmp_path / "a/stages.csv").write_text("s1.tif,negative\n")
+    assert set(found(tmp_path)) == {"a/s1.tif", "b/s2.tif"}
+    assert "b/s1.tif" in capsys.readouterr().err
+
+
+def test_no_slide_is_normal_where_a_table_says_tumour(tmp_path, capsys):
+    touch(tmp_path, "normal_1.tif", "normal_2.tif", "t.tif", "t.xml")
+    (tmp_path / "stages.csv").write_text("normal_1.tif,macro\nnormal_2.tif,negative\n")
+    assert set(found(tmp_path)) == {"normal_2.tif", "t.tif"}
+    assert "normal_1.tif" in capsys.readouterr().err
+    for label, shapes in (("macro", []), ("negative", [("_0", "Polygon", SQUARE)])):
+        write_xml(tmp_path / "t.xml", *shapes)
+        (tmp_path / "stages.csv").write_text(f"t.tif,{label}\n")
+        with pytest.raises(DataError, match="t.xml: disagrees with a label table"):
+            data.find_slides(tmp_path)
+    (tmp_path / "deeper").mkdir()
+    touch(tmp_path, "deeper/n.tif")
+    (tmp_path / "stages.csv").write_text("n.tif,macro\n")
+    (tmp_path / "deeper/reference.csv").write_text("n,Normal\n")
+    with pytest.raises(DataError, match="n.tif: normal by one label table alone"):
+        data.find_slides(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, patient",
+    [
+        ("patient_017_node_2.tif", "patient_017"),
+        ("TCGA-A2-A0D2-01Z-00-DX1.1234.svs", "tcga-a2-a0d2"),
+        ("TCGA-A2-A0D2.svs", "tcga-a2-a0d2"),
+        ("tumor_001.tif", "tumor_001"),
+        ("xtcga-a2-a0d2.tif", "xtcga-a2-a0d2"),
+        ("TCGA-A2-A0D22.tif", "tcga-a2-a0d22"),
+    ],
+)
+def test_a_patient_is_known_by_camelyon17s_names_and_tcgas_barcodes(name, patient):
+    assert data.patient(data.Source(name, Path(name), None, "")) == patient
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_an_xml_without_tumour_is_none_of_a_slide_with_tumour(tmp_path, seed):
+    """Three slides with tumour, eight with an empty XML: half of the seeds had none to test on."""
+    touch(tmp_path, *(f"t{n}.{s}" for n in range(3) for s in ("tif", "xml")))
+    touch(tmp_path, *(f"n{n}.tif" for n in range(8)))
+    for n in range(8):
+        write_xml(tmp_path / f"n{n}.xml")
+    test = [name[0] for name, (_, split) in found(tmp_path, seed).items() if split == "test"]
+    assert sorted(test) == ["n", "t"]
+
+
+def test_slides_that_camelyon16_has_withdrawn_are_named(tmp_path, capsys):
+    found(touch(tmp_path, "normal_086.tif", "test_049.tif", "test_049.xml", "t.tif", "t.xml"))
+    assert "2 slides were withdrawn" in capsys.readouterr().err
 
 
 def test_predictions_are_never_taken_for_annotations(tmp_path):

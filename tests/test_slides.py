@@ -2,6 +2,7 @@
 
 import io
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -130,6 +131,32 @@ def test_colours_are_those_of_the_tiff_tag_and_absent_blocks_white(written):
     assert slide.levels[0].counts[1] == 0 and (truth[:128, 128:256] == 255).all()
     assert slide.mpp == pytest.approx(0.25)
     assert [lv.downsample for lv in slide.levels] == [1, 2, 4, 8]
+
+
+def marked_block(image, marker, space):
+    """A JPEG with a JFIF marker, with Adobe's, or with none."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=90, keep_rgb=space == "RGB")
+    raw = file.getvalue()
+    for other, code in (("jfif", b"\xff\xe0"), ("adobe", b"\xff\xee")):
+        at = raw.find(code)
+        if other != marker and at > 0:
+            raw = raw[:at] + raw[at + 2 + int.from_bytes(raw[at + 2 : at + 4], "big") :]
+    assert marker is None or {"jfif": b"JFIF", "adobe": b"Adobe"}[marker] in raw
+    return raw
+
+
+@pytest.mark.parametrize("tag", ["RGB", "YCbCr"])
+@pytest.mark.parametrize("marker, space", [("jfif", "YCbCr"), ("adobe", "RGB"), (None, None)])
+def test_a_jpegs_own_marker_wins_over_the_tag(tmp_path, monkeypatch, tag, marker, space):
+    """OME-TIFF of QuPath says RGB in the tag, its blocks are JFIF: violet tissue was green."""
+    image, inside = picture(3, 128, 128, glass=False), space or tag
+    monkeypatch.setattr(
+        sys.modules[__name__], "encode", lambda block, _: marked_block(block, marker, inside)
+    )
+    path = write(tmp_path / "a.tif", [image], tag)
+    read = Slide(path).read(0, 0, 0, 128, 128)
+    assert np.abs(read.astype(int) - image).mean() < 10  # wrong colours: 50
 
 
 def test_a_region_is_the_same_wherever_it_starts_and_white_beyond_the_edge(written):
@@ -295,6 +322,32 @@ def test_a_missing_unit_is_inch_as_tiff_has_it(slide_file):
     patch(slide_file, XResolution=(50_800, 1))
     rename_tag(slide_file, "ResolutionUnit", 297)
     assert Slide(slide_file).mpp == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "text, tags, mpp, other",
+    [
+        ("Aperio|MPP = 0.25|", {"XResolution": (10_000, 1), "YResolution": (10_000, 1)}, 0.25, "1"),
+        ("", {"XResolution": (20_000, 1), "YResolution": (10_000, 1)}, 0.5, "1"),
+        ("Aperio|MPP = 0.25|", {"XResolution": (72, 1), "YResolution": (72, 1)}, 0.25, None),
+        ("", {}, 0.25, None),
+    ],
+)
+def test_two_resolutions_that_differ_are_both_named(tmp_path, capsys, text, tags, mpp, other):
+    """A resized .svs keeps the text of the original: four times too fine."""
+    path = write(tmp_path / "a.svs", [picture(1)], description=text)
+    patch(path, **tags)
+    assert Slide(path).mpp == pytest.approx(mpp)
+    said = capsys.readouterr().err
+    assert (f"a.svs: {mpp:g} um/px is used; its index also says {other}" in said) == bool(other)
+
+
+def test_aperios_text_is_read_whatever_else_is_in_it(tmp_path):
+    """KFBIO's exports have a byte that is no ASCII: their resolution was lost."""
+    text = b"Aperio \xb5 KFBIO|AppMag = 20|MPP = 0.48|"
+    tags = [(270, 2, len(text) + 1, text + b"\0", True)]
+    path = write(tmp_path / "a.svs", [picture(1)], mpp=None, extratags=tags)
+    assert Slide(path).mpp == pytest.approx(0.48)
 
 
 @pytest.mark.parametrize("text", [b"scanned at 5 \xb5m", b"\x81\xff\xfe \x00 \x8d", b"\xc3"])
