@@ -146,8 +146,8 @@ def write_pages(path, pages, mpp):
             tif.pages[k].tags["PhotometricInterpretation"].overwrite(6)
 
 
-def jpeg_tiles(image, quality=80):
-    """An RGB image -> the tables that its JPEG tiles share, the tiles; b"" without tissue."""
+def jpeg_tiles(image, quality=80, white=200):
+    """An RGB image -> the tables that its JPEG tiles share, the tiles; b"" if all >= `white`."""
     tables, tiles = io.BytesIO(), []
     image.save(tables, "JPEG", quality=quality, streamtype=1)
     for y in range(0, image.height, TIFF_TILE):
@@ -156,7 +156,7 @@ def jpeg_tiles(image, quality=80):
             right, below = min(x + TIFF_TILE, image.width), min(y + TIFF_TILE, image.height)
             tile.paste(image.crop((x, y, right, below)))
             data = io.BytesIO()
-            if np.asarray(tile).min() < 200:
+            if np.asarray(tile).min() < white:
                 tile.save(data, "JPEG", quality=quality, streamtype=2)
             tiles.append(data.getvalue())
     return tables.getvalue(), tiles
