@@ -604,7 +604,7 @@ def test_a_stroke_of_pen_or_a_lake_of_blood_does_not_take_the_pale_tissue_away(t
         data.tissue_share(Slide(tmp_path / f"{name}.tif"), 0, 64) for name in ("plain", "marked")
     )
     assert (plain[:, :4] > 0.9).all() and np.array_equal(marked[:, :4], plain[:, :4])
-    assert (marked[1:, 4:] == plain[1:, 4:]).all()
+    assert not marked[4:, 4:].any()
 
 
 def test_a_square_over_the_edge_counts_as_its_part_on_the_slide(tmp_path):
