@@ -104,7 +104,8 @@ def ring_of(points):
 
 def read_imagescope(path, classes):
     """ImageScope's XML -> [(xy, kind)]; `classes`: {Id or name of a layer: class} of --layer."""
-    root, shapes, skipped, unused = ElementTree.parse(path).getroot(), [], Counter(), set(classes)
+    root, shapes, skipped = ElementTree.parse(path).getroot(), [], Counter()
+    unused, lesions, negatives = set(classes), set(), 0
     if root.tag != "Annotations":
         raise ValueError(f"its root is {root.tag}, not Annotations as in ImageScope")
     for layer in root.iter("Annotation"):
@@ -128,11 +129,15 @@ def read_imagescope(path, classes):
             negative = region.get("NegativeROA") == "1"
             if negative and kind != "tumour":
                 raise ValueError(f"{about} is negative, which only regions of tumour can be")
+            negatives += negative
+            lesions |= {number} if kind == "tumour" else set()
             # The centre of pixel (0, 0) is taken to be at .5, as in QuPath: Aperio does not say.
             shapes.append((ring_of(xy), "exclusion" if negative else kind))
     if skipped:
         listed = ", ".join(f"{count} {what}" for what, count in skipped.items())
         warn(f"{path}: skipped {listed}, without area")
+    if negatives and len(lesions) > 1:
+        warn(f"{path}: negative regions, which are cut out of the tumour of all its layers")
     if unused:
         warn(f"{path}: has no layer {', '.join(sorted(unused))}")
     return shapes
@@ -141,8 +146,8 @@ def read_imagescope(path, classes):
 def corners(what, xy):
     """Vertices (n, 2) of a region of ImageScope -> those of its outline.
 
-    Rectangles have four. Ellipses have two, opposite corners of the box around them; their
-    outline has as many as keep it within .05 px.
+    Rectangles have four, or two opposite ones. Ellipses have two, opposite corners of the box
+    around them; their outline has as many as keep it within .05 px.
     """
     if what == "polygon" or what == "rectangle" and len(xy) > 2:
         return xy
@@ -183,8 +188,9 @@ def main(argv=None):
     add = parser.add_argument
     add("files", nargs="+", type=Path, metavar="FILE", help="GeoJSON of QuPath, XML of ImageScope")
     add("--out", type=Path, help="folder of the XML (beside each FILE)")
-    layers = {"nargs": "+", "type": layer_class, "default": (), "metavar": "LAYER=CLASS"}
-    add("--layer", **layers, help="class of ImageScope's layer of that Id or name; after FILE")
+    layers = {"nargs": "+", "action": "extend", "type": layer_class, "default": []}
+    advice = "class of ImageScope's layer of that Id or name; after FILE"
+    add("--layer", **layers, metavar="LAYER=CLASS", help=advice)
     add("--overwrite", action="store_true", help="replace an XML that is there, but no FILE")
     args = parser.parse_args(argv)
     pairs = [(path, (args.out or path.parent) / f"{path.stem}.xml") for path in args.files]
