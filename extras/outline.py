@@ -149,6 +149,66 @@ def around(ring, inner):
     return ring
 
 
+def cut_holes(polygons):
+    """[(kind, [outer ring, *holes])] -> [(xy, kind)]: a hole takes away exactly its own area.
+
+    All rings are clockwise. ValueError for holes that cannot be cut out of their outline alone.
+    """
+    shapes = []
+    for n, (kind, (ring, *holes)) in enumerate(polygons):
+        if not holes:
+            shapes.append((ring, kind))
+        elif is_valid(ring, holes):
+            # Not exclusions: they would also clear a lesion that lies in a hole.
+            shapes.append((around_all(ring, holes), kind))
+        else:
+            cut, others = np.concatenate(holes), polygons[:n] + polygons[n + 1 :]
+            lesions = [rings[0] for other, rings in others if other == "tumour"]
+            apart = [(cut.max(0) < xy.min(0)) | (xy.max(0) < cut.min(0)) for xy in lesions]
+            if kind != "tumour" or not all(beside.any() for beside in apart):
+                raise ValueError(f"a hole in {kind} crosses its outline or another hole")
+            shapes += [(ring, kind), *((hole, "exclusion") for hole in holes)]
+    return shapes
+
+
+def is_valid(ring, holes):
+    """Whether the holes lie in the ring and apart, and none of all crosses itself.
+
+    Then along every row of pixels the winding number of each, and that of `ring` less those of
+    the holes, is 0 or 1.
+    """
+    rings = [ring, *holes]
+    x1, y1 = np.concatenate(rings).T
+    x2, y2 = np.concatenate([np.roll(ring, -1, axis=0) for ring in rings]).T
+    n = np.repeat(np.arange(len(rings)), [len(ring) for ring in rings])
+    top, bottom = (np.ceil(f(y1, y2)).astype(int) for f in (np.minimum, np.maximum))
+    rows = bottom - top
+    edge = np.repeat(np.arange(len(n)), rows)
+    y = np.arange(len(edge)) - np.repeat(rows.cumsum() - rows, rows) + top[edge]
+    x = x1[edge] + (y - y1[edge]) * (x2 - x1)[edge] / (y2 - y1)[edge]
+    turn, n = np.where(y2 > y1, -1, 1)[edge], n[edge]
+    for keys, turns in ((x, y, n), turn), ((x, y), np.where(n > 0, -turn, turn)):
+        order = np.lexsort(keys)
+        winding = turns[order].cumsum()[:-1]  # 0 after the last crossing of a row
+        apart = np.diff(x[order]) > 0.01  # px: exports are rounded
+        if not np.isin(winding[apart], (0, 1)).all():
+            return False
+    return True
+
+
+def around_all(ring, holes):
+    """As `around`, but one detour goes from hole to hole and back: for any number of holes.
+
+    From top to bottom its columns add up to one height, and masks take time for columns alone.
+    """
+    way, parts = [ring[0]], [ring, ring[:1]]
+    for hole in sorted(holes, key=lambda hole: hole[0, 1]):
+        bend = np.array([way[-1][0], hole[0, 1]])
+        parts += [[bend], hole[:1], hole[::-1]]
+        way += [bend, hole[0]]
+    return np.concatenate([*parts, way[-2::-1]])
+
+
 def write_annotation(path, shapes):
     """[(xy, kind)] as in slide.Annotation -> ASAP XML; outlines in CAMELYON17's groups."""
     group_of = {"tumour": "metastases", "exclusion": "normal"}  # a region's group is its kind

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 
 import data
 import evaluate
-from extras import geojson, outline, pyramid
+from extras import convert, outline, pyramid
 from slide import DataError, Slide, warn
 
 PICTURE = 1000  # px, the longer side of NAME.png at most
@@ -132,7 +132,7 @@ def predict_slide(model, path, out, args):
         rings, block = outlines(tif, mpp, args)
         shapes = outline.to_shapes(rings, lv.downsample * block)
         write_picture(png, slide, shapes)
-        geojson.write(qupath, rings, lv.downsample * block)
+        convert.write(qupath, rings, lv.downsample * block)
         outline.write_annotation(xml, shapes)
         row = {"slide": path.stem, "windows": len(places)}
         if places:

@@ -306,7 +306,7 @@ def test_a_slide_that_fails_is_named_and_the_others_finish(run, slides, tmp_path
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"slides.csv"} | names
 
 
-@pytest.mark.parametrize("where", ["geojson.write", "outline.write_annotation"])
+@pytest.mark.parametrize("where", ["convert.write", "outline.write_annotation"])
 def test_an_interrupted_run_leaves_nothing_half_written_and_goes_on(
     run, slides, predicted, tmp_path, monkeypatch, where
 ):
