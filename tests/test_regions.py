@@ -13,7 +13,7 @@ from test_data import SQUARE, write_xml
 import data
 import evaluate
 import train
-from extras import lesions, outline, predict
+from extras import baselines, convert, lesions, outline, predict
 from loss import ce
 from model import Network
 from slide import Annotation, read_annotation
@@ -182,6 +182,30 @@ def test_a_mask_has_the_last_word_on_its_tiles_label(slides, tmp_path):
     assert tiles.table[["x", "label", "known"]].tolist() == [(256, 0, 1.0), (384, 1, 0.0)]
 
 
+def test_the_same_annotation_of_asap_and_of_qupath_gives_the_same_table(slides, tmp_path):
+    tif = slides / "train/synthetic_001.tif"
+    classes = {"tumour": "Tumor", "exclusion": "Ignore*", "roi": "Region*"}
+    shapes = [(box(130, 140, 100, 90), "tumour"), (box(150, 150, 30, 20), "exclusion")]
+    shapes += [(box(120, 120, 300, 290), "roi"), (box(500, 128, 128, 256), "cancer region")]
+    shapes += [(box(384, 512, 256, 128), "normal region")]
+    features = []
+    for xy, kind in shapes:
+        ring = (xy + 0.5).tolist()  # pixel (0, 0) spans 0 to 1 in QuPath
+        geometry = {"type": "Polygon", "coordinates": [[*ring, ring[0]]]}
+        about = {"objectType": "annotation", "classification": {"name": classes.get(kind, kind)}}
+        features.append({"type": "Feature", "geometry": geometry, "properties": about})
+    asap, qupath = link(tif, tmp_path / "asap"), link(tif, tmp_path / "qupath")
+    outline.write_annotation(asap, shapes)
+    qupath.with_suffix(".geojson").write_text(json.dumps(features))
+    ok(convert.main, qupath.with_suffix(".geojson"))
+    tables = [
+        data.tile_slides([data.Source("a", xml.with_suffix(".tif"), xml, "train")], 64, 1.0).table
+        for xml in (asap, qupath)
+    ]
+    assert str(tables[0].tolist()) == str(tables[1].tolist())  # as text: nan is not equal to nan
+    assert {*tables[0]["label"].tolist()} == {0, 1} and len(tables[0]) > 5
+
+
 def few_outlined_many_boxed(slides, folder, test_too=True):
     """Two training slides have a roi, the others a cancer and a normal box -> `folder`."""
     for path in sorted(slides.rglob("synthetic*.tif")):
@@ -212,7 +236,6 @@ def test_a_few_masks_and_many_boxes_train(slides, tmp_path, flags):
 
 @pytest.mark.parametrize("method", ["transfer", "multitask", "mil"])
 def test_the_compared_methods_train_on_them_too(slides, tmp_path, method):
-    from extras import baselines
 
     folder = few_outlined_many_boxed(slides, tmp_path / "slides")
     argv = [method, "--data", folder, "--out", tmp_path / "r", "--pixel-frac", 1, *TINY]
