@@ -127,8 +127,11 @@ def predict_slide(model, path, out, args):
         ends = "_likelihood_map.tif", ".png", ".geojson", "_pred.xml"
         files = tif, png, qupath, xml = [Path(part, path.stem + end) for end in ends]
         predicted = predict_windows(model, Windows(slide, k, args.tile), places, args, scores)
-        strips = pyramid.blend(predicted, args.tile, lv.width, lv.height)
-        pyramid.write(tif, strips, lv.width, lv.height, mpp)
+        # ASAP compares the sides of slide and map by integer division: a level that was rounded up
+        # is a pixel too wide, and its map would not be shown.
+        size = [max(1, side // lv.downsample) for side in slide.levels[0][:2]]
+        strips = pyramid.blend(predicted, args.tile, *size)
+        pyramid.write(tif, strips, *size, mpp)
         rings, block = outlines(tif, mpp, args)
         shapes = outline.to_shapes(rings, lv.downsample * block)
         write_picture(png, slide, shapes)

@@ -434,3 +434,13 @@ def test_memory_stays_flat_on_a_slide_of_18000_px(run, tmp_path):
     strips = list(pyramid.read_strips(tmp_path / "out/large_likelihood_map.tif"))
     assert sum(map(len, strips)) == strips[0].shape[1] == 18_000
     assert strips[1].any() and strips[65].any() and not strips[40].any()
+
+
+def test_the_map_of_an_odd_slide_divides_its_sides_as_asap_does(run, tmp_path):
+    """ASAP showed no map where level 1 is (517 + 1) / 2 px wide: 517 // 259 is 1."""
+    image = np.full((391, 517, 3), (160, 90, 150), np.uint8)
+    synthetic.write_slide(tmp_path / "odd", image, [])
+    assert Slide(tmp_path / "odd.tif").levels[1][:2] == (259, 196)
+    ok(predict.main, "--ckpt", run[0] / "last.pt", "--out", tmp_path, tmp_path / "odd.tif")
+    with tifffile.TiffFile(tmp_path / "odd_likelihood_map.tif") as tif:
+        assert tif.pages[0].shape == (195, 258)
