@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ImageChops
 
 from slide import REGIONS, Annotation, DataError, Slide, read_annotation, read_shapes, warn
 
@@ -212,20 +212,24 @@ def tissue_share(slide, level, tile):
     low = slide.levels[k]
     if low.width * low.height > 1 << 27:
         slide.fail(f"its smallest level up to 1/{coarsest} is too large to look at")
-    red, green, blue = np.moveaxis(slide.read(k, 0, 0, low.width, low.height), 2, 0)
-    chroma = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
-    mask = Image.fromarray((chroma > tissue_threshold(chroma)).astype(np.float32))
+    # In Pillow: at CAMELYON's size numpy takes five times as long.
+    red, green, blue = slide.image(k, 0, 0, low.width, low.height).split()
+    highest = ImageChops.lighter(ImageChops.lighter(red, green), blue)
+    lowest = ImageChops.darker(ImageChops.darker(red, green), blue)
+    chroma = ImageChops.subtract(highest, lowest)
+    threshold = tissue_threshold(chroma.histogram())
+    mask = chroma.point([int(value > threshold) for value in range(256)]).convert("F")
     return np.asarray(mask.reduce(side // low.downsample))  # box means
 
 
-def tissue_threshold(chroma):
-    """Otsu's threshold of a uint8 array, the value that best splits it in two, held in [8, 30].
+def tissue_threshold(histogram):
+    """Otsu's threshold of 256 counts, the value that best splits them in two, held in [8, 30].
 
     Lower, and an empty slide becomes tissue; higher, and a slide without background loses half of
     it. Where it parts a little vivid colour, as of a pen or of blood, from all the rest, that is
     split again without it.
     """
-    count = np.array(Image.fromarray(chroma).histogram(), float)
+    count = np.array(histogram, float)
     coloured = count[9:].sum()
     while True:
         below, moment = count.cumsum(), (count * np.arange(256)).cumsum()

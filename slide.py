@@ -140,6 +140,10 @@ class Slide:
 
     def read(self, level, x, y, w, h):
         """Region (x, y, w, h), in px of `level` -> (h, w, 3) uint8 RGB, white beyond the edge."""
+        return np.array(self.image(level, x, y, w, h))
+
+    def image(self, level, x, y, w, h):
+        """As `read`, but a Pillow image."""
         lv = self.levels[level]
         across = -(-lv.width // lv.block_w)
         x1, y1 = min(x + w, lv.width), min(y + h, lv.height)
@@ -150,8 +154,9 @@ class Slide:
                     if lv.counts[row * across + col]:
                         block = self._block(file, lv, row * across + col)
                         region.paste(block, (col * lv.block_w - x, row * lv.block_h - y))
-        region = np.array(region)
-        region[max(y1 - y, 0) :] = region[:, max(x1 - x, 0) :] = 255  # blocks reach over the edge
+        for box in (max(x1 - x, 0), 0, w, h), (0, max(y1 - y, 0), w, h):
+            if box[0] < w and box[1] < h:
+                region.paste("white", box)  # blocks reach over the edge
         return region
 
     def _block(self, file, lv, n):

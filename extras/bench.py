@@ -2,6 +2,7 @@
 
     pip install -r extras/requirements-bench.txt            # for reads
     python -m extras.bench reads
+    python -m extras.bench index                            # tissue and table of a large slide
     python -m extras.bench steps                            # at full scale
     python -m extras.bench steps --width 16 --tile 128      # at the demo's
 
@@ -14,12 +15,15 @@ import os
 import tempfile
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import tifffile
 import torch
+from PIL import Image
 from torch.utils.benchmark import Timer
 
+import data
 import evaluate
 import loss
 import train
@@ -88,6 +92,37 @@ def reads(path):
         print(f"| {side} px, {place} |", *(f"{t:.2f}, {ratio:.2f} |" for t, ratio in medians))
 
 
+def draw_large(path, width=97_792, height=221_184, levels=8):
+    """Write a slide of CAMELYON's size, an ellipse of tissue whose blocks share their bytes."""
+    tissue, _ = synthetic.draw_slide(np.random.default_rng(0))
+    tables, (block, *_) = synthetic.jpeg_tiles(Image.fromarray(tissue[700:956, 700:956]))
+    side, pages, here = synthetic.TIFF_TILE, [], []
+    for k in range(levels):
+        rows, columns = -(-(height >> k) // side), -(-(width >> k) // side)
+        y, x = np.mgrid[:rows, :columns] + 0.5
+        inside = np.hypot((x / columns - 0.5) / 0.3, (y / rows - 0.5) / 0.17) < 1
+        here.append(inside.ravel())
+        pages.append((width >> k, height >> k, tables, [block] + [b""] * (inside.size - 1)))
+    synthetic.write_pages(path, pages, mpp=0.243)
+    with tifffile.TiffFile(path, mode="r+b") as tif:
+        for k, inside in enumerate(here):
+            for name in ("TileOffsets", "TileByteCounts"):
+                tag = tif.pages[k].tags[name]
+                tag.overwrite((inside * tag.value[0]).tolist())
+
+
+def index(folder):
+    """Print what a slide of CAMELYON's size costs before training starts, in CPU time."""
+    path = Path(folder, "large.tif")
+    draw_large(path)
+    seconds = []
+    for _ in range(4):
+        start = time.process_time()
+        tiles = data.tile_slides([data.Source("large", path, None, "train")])
+        seconds.append(time.process_time() - start)
+    print(f"{len(tiles.table)} tiles of 512 px: {np.median(seconds[1:]):.2f} s")  # 1 warms up
+
+
 def step(network, adam, branch, tiles, target, way):
     with torch.autocast(tiles.device.type, torch.bfloat16, enabled=way == "--amp"):
         logits = branch(network.encode(tiles))
@@ -115,7 +150,7 @@ def steps(width, tile, batch=8):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=evaluate.AS_WRITTEN)
-    parser.add_argument("what", choices=("reads", "steps"))
+    parser.add_argument("what", choices=("reads", "index", "steps"))
     parser.add_argument("--width", type=int, default=train.FULL["width"])
     parser.add_argument("--tile", type=int, default=train.FULL["tile"])
     args = parser.parse_args(argv)
@@ -124,7 +159,7 @@ def main(argv=None):
     if args.what == "steps":
         return steps(args.width, args.tile)
     with tempfile.TemporaryDirectory() as folder:
-        reads(f"{folder}/slide.tif")
+        index(folder) if args.what == "index" else reads(f"{folder}/slide.tif")
 
 
 if __name__ == "__main__":
