@@ -69,19 +69,3 @@ def by_name(name, beta, frequency, device="cpu"):
         weights = torch.tensor(fw_weights((1 - frequency, frequency)), device=device)
         return partial(fw, weights=weights)
     return partial(dwce, beta=beta) if name == "dwce" else ce
-
-
-def pseudo_masks(logits, labels, keep, tumour_share):
-    """Masks for tiles by their image-level label alone; an extension, not the paper's.
-
-    logits (B, 2, H, W), labels (B,) -> (B, H, W): 0 on normal tiles. On cancer tiles 1 for the
-    fraction keep * tumour_share of the pixels with the highest p(tumour), 0 for the fraction
-    keep * (1 - tumour_share) with the lowest, else -1.
-    """
-    p = logits.detach().float().softmax(1)[:, 1]
-    # Filled where p is: a tensor made from a list would be copied to a GPU at every call.
-    ends = keep * (1 - tumour_share), 1 - keep * tumour_share
-    ends = torch.stack([p.new_full((), end) for end in ends])
-    low, high = p.flatten(1).quantile(ends, 1)[..., None, None]  # (B, 1, 1) each
-    target = torch.where(p >= high, 1, torch.where(p > low, -1, 0))
-    return target * (labels == 1)[:, None, None]

@@ -58,7 +58,6 @@ def flags():
     add("--cls-loss", **losses, help="loss of step 2 (default dwce)")
     add("--alpha", type=float, default=1, help="weight in Eq. (3) (default 1)")
     add("--beta", type=float, default=3, help="exponent of dwce, Eq. (2) (default 3)")
-    add("--self-train", type=float, default=0, help="extension: fraction of px kept (0: off)")
     add("--batch-size", type=int, default=8, help="tiles in each step (default 8)")
     add("--seed", type=int, default=0, help="of split, labels, weights, order (default 0)")
     add("--device", choices=evaluate.DEVICES, help="default: the GPU if there is one")
@@ -86,10 +85,10 @@ def parse_args(argv=None):
             parser.error(f"{args.resume} has another {changed}; start a new run")
     scale = FULL if args.data else DEMO
     vars(args).update({name: scale[name] for name in scale if getattr(args, name) is None})
-    if not all(0 <= f <= 1 for f in (args.pixel_frac, args.image_frac, args.self_train)):
-        parser.error("--pixel-frac, --image-frac and --self-train are fractions, 0 to 1")
-    if not args.image_frac and (args.self_train or args.pretrain == "labels"):
-        parser.error("--self-train and --pretrain labels need image labels; give --image-frac")
+    if not (0 <= args.pixel_frac <= 1 and 0 <= args.image_frac <= 1):
+        parser.error("--pixel-frac and --image-frac are fractions, 0 to 1")
+    if args.pretrain == "labels" and not args.image_frac:
+        parser.error("--pretrain labels needs image labels; give --image-frac")
     if args.tile % 8 or args.width % 4 or min(args.tile, args.width) < 1:
         parser.error("--tile is a multiple of 8, --width of 4")
     if min(args.epochs, args.batch_size) < 1 or args.workers < 0:
@@ -175,8 +174,6 @@ def main(argv=None):
     model = Network(args.width).to(device)
     adam = torch.optim.Adam(model.parameters(), lr=args.lr)
     seg_loss_fn, cls_loss_fn = losses(args, tiles, mask_rows, label_rows)
-    cancer_masks = mask_rows[tiles.table["label"][mask_rows] == data.CANCER]
-    tumour_share = tiles.table["tumour"][cancer_masks].mean()  # for --self-train
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
 
     # Deviation: the paper does not say how long an epoch is; here a pass over the pool (100 %),
@@ -223,15 +220,9 @@ def main(argv=None):
         if n >= label_start:
             images, _, labels = next(label_batches)
             with autocast:
-                maps = model.encode(images)
-                logits = model.classify(maps)  # (B, 2)
-                self_train = args.self_train and n >= mask_start
-                seg = model.decode(maps) if self_train else None
+                logits = model.classify(model.encode(images))  # (B, 2)
             # Deviation: the paper adds its losses, Eq (3); here they alternate, because Fig 4 does.
             loss_cls = args.alpha * cls_loss_fn(logits, labels)
-            if self_train:  # extension: the decoder learns from its surest pixels too
-                masks = loss.pseudo_masks(seg, labels, args.self_train, tumour_share)
-                loss_cls += seg_loss_fn(seg, masks)
             update(adam, loss_cls)
             totals["loss_cls"] += loss_cls.detach()
             totals["correct"] += (logits.argmax(1) == labels).sum()
@@ -247,10 +238,9 @@ def main(argv=None):
 
     # Deviation: the paper does not say what BN's statistics are; here they are estimated anew on
     # the decoder's tiles, because running means of small batches are far off.
-    rows = label_rows if args.self_train else mask_rows
     with autocast:
-        count = math.ceil(len(rows) / args.batch_size)
-        update_bn(batch_stream(args, tiles, rows, 13, 0, count), model)
+        count = math.ceil(len(mask_rows) / args.batch_size)
+        update_bn(batch_stream(args, tiles, mask_rows, 13, 0, count), model)
     last = max(first, total)  # first, where it was resumed with fewer --epochs
     save(checkpoint_path, model, adam, last, fingerprint, args)
     evaluate.write_results(out, model, tiles, args, began, classes=args.image_frac > 0)

@@ -32,8 +32,7 @@ from extras import baselines
 from extras.tables import markdown, tables
 from slide import DataError
 
-VARIED = "seed pixel_frac image_frac label_unit alpha beta cls_loss seg_loss".split()
-VARIED += ["self_train", "pretrain"]
+VARIED = "seed pixel_frac image_frac label_unit alpha beta cls_loss seg_loss pretrain".split()
 FIGURES = "dsc", "iou", "accuracy", "dsc_cancer_tiles", "slide_dsc", "seconds"
 PICTURES = {"fig5": 0.5, "fig7": 0, "fig8": 0.75, "strip": None}  # share of tumour in the tiles
 SIDE, HEAD, GAP = 224, 20, 6  # px of a panel: its tile, the text above, space to the next

@@ -35,7 +35,6 @@ S, BY_SLIDE = {"image-frac": "0"}, {"label-unit": "slide"}  # flags of train.py
 FIRST = {"pretrain": "labels"}  # step 2 alone first, then both in turn
 GROUPS = {"S": S, "S+C": {}, "S+C labels first": FIRST}
 GROUPS |= {f"{name}, masks by slide": flags | BY_SLIDE for name, flags in GROUPS.items()}
-SELF = {"S": S, "S+C": {}, "S+C self-trained": {"self-train": "0.8"}}  # the extension
 # Methods of extras/baselines.py: transfer learning, multi-task, multiple-instance learning.
 METHODS = {name: {"method": name} for name in ("transfer", "multitask", "mil")} | {"S+C": {}}
 # Which step comes first: none, masks, all of step 2 before all of step 1, labels.
@@ -97,7 +96,6 @@ def tables(fractions=None):
         "table6": Table("DSC, masks on", compared, all_methods, "dsc"),
         "table7": Table("IoU, masks on", compared, all_methods, "iou"),
         "order": Table("DSC, masks on", masks, ORDER, "dsc"),
-        "extension": Table("DSC, masks on", masks, SELF, "dsc"),
         "fig6": Table("accuracy, N =", n, fig6, "accuracy"),
         "fig5": Table("", losses, ONE),
         "fig7": Table("", compared, METHODS),
@@ -147,7 +145,7 @@ def markdown(table, rows, caption):
         if published := dict(zip(papers, PUBLISHED.get((table.title, row), "").split())):
             body.append([f"{row}, paper", *(published.get(column, "") for column in columns)])
         body.append([f"{row}, here", *map(mean_sd, cells)])
-        s = measured.get(re.sub(r"S\+C( self-trained| labels first)?", "S", row), cells)
+        s = measured.get(re.sub(r"S\+C( labels first)?", "S", row), cells)
         if table.rows == BOTH:
             against = [paired(cell, cells[0]) for cell in cells[1:]]
             body.append([f"{row} against {columns[0]}, paired", "", *against])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from loss import ce, dwce, fw, fw_weights, pseudo_masks
+from loss import ce, dwce, fw, fw_weights
 
 LOSSES = {
     "ce": ce,
@@ -88,14 +88,3 @@ def test_half_precision_logits_give_a_finite_float32_loss(name):
 
 def test_fixed_weights_are_of_y_net():
     assert fw_weights((0.5, 0.0)) == pytest.approx([1 / math.log(1.6), 1 / math.log(1.1)])
-
-
-def test_the_surest_pixels_of_a_cancer_tile_are_labelled_and_all_of_a_normal_one():
-    """20 pixels, .8 of them known, a quarter of them tumour: 4 are 1, 12 are 0, 4 are not known."""
-    torch.manual_seed(0)
-    logits, labels = torch.randn(3, 2, 4, 5), torch.tensor([1, 0, 1])
-    target = pseudo_masks(logits, labels, keep=0.8, tumour_share=0.25)
-    assert (target[1] == 0).all()
-    for tile in (0, 2):
-        order = (logits[tile, 1] - logits[tile, 0]).flatten().argsort()
-        assert target[tile].flatten()[order].tolist() == [0] * 12 + [-1] * 4 + [1] * 4

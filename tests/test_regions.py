@@ -221,7 +221,7 @@ def few_outlined_many_boxed(slides, folder, test_too=True):
     return folder
 
 
-@pytest.mark.parametrize("flags", ["", "--pretrain labels", "--self-train 0.8 --seg-loss fw"])
+@pytest.mark.parametrize("flags", ["", "--pretrain labels --seg-loss fw"])
 def test_a_few_masks_and_many_boxes_train(slides, tmp_path, flags):
     folder = few_outlined_many_boxed(slides, tmp_path / "slides")
     argv = ["--data", folder, "--out", tmp_path / "r", "--pixel-frac", 1, *TINY, *flags.split()]
