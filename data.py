@@ -30,12 +30,12 @@ from slide import REGIONS, Annotation, DataError, Slide, read_annotation, read_s
 
 NO_SLIDES = "_mask", "_likelihood_map"  # ends of stems: CAMELYON16's masks, predictions
 TISSUE_SHARE, CANCER_SHARE = 0.1, 0.05  # less tissue: dropped; more tumour: labelled cancer
-COVERED = 0.5  # share of a tile inside regions from which on it has their mask or label
+COVERED = 0.5  # a tile has a mask, or a region's label, if at least this share of it is inside
 CANCER, NORMAL, AMBIGUOUS = 1, 0, -1  # image-level labels; AMBIGUOUS never trains the head
 # CAMELYON16 slides on which not every metastasis is outlined, as its authors list them.
-INCOMPLETE = (10, 15, 18, 20, 25, 29, 33, 34, 44, 46, 51, 54, 55, 56, 67, 79, 85, 92, 95, 110)
-INCOMPLETE = {f"tumor_{n:03}" for n in INCOMPLETE} | {"test_114"}
-WITHDRAWN = {"normal_086", "test_049"}  # by them too: the first has tumour, the second a twin
+NUMBERS = 10, 15, 18, 20, 25, 29, 33, 34, 44, 46, 51, 54, 55, 56, 67, 79, 85, 92, 95, 110
+INCOMPLETE = {f"tumor_{n:03}" for n in NUMBERS} | {"test_114"}
+WITHDRAWN = {"normal_086", "test_049"}  # by its authors: one has tumour, one is there twice
 # A slide to use: its path below the data folder and in full, its XML or None, "train" or "test".
 Source = namedtuple("Source", "name path xml split")
 # A tile: number of its slide, x and y in level-0 px, level, whether it is to train on, share of
@@ -142,10 +142,10 @@ def label_tables(files, slides):
 
 
 def match_annotations(slides, xmls):
-    """{slide: its XML}: an XML is of the slide beside it, else of the one that has none beside it.
+    """{slide: its XML}. An XML belongs to the slide of its name in the same folder.
 
-    Slide and XML have the same name. XML that no slide takes are named. DataError, naming all,
-    where two could belong together.
+    If there is none, then to the only slide of its name that has no XML in its own folder. XML of
+    no slide are named. DataError, naming all, where two could belong together.
     """
     xml_of, unused = {}, []
     beside = {(xml.parent, stem(xml)) for xml in xmls}
@@ -175,9 +175,10 @@ def patient(source):
 
 
 def seeded_split(sources, seed):
-    """Section 2.2: hold out 20 of 110 patients with outlined tumour, with cancer regions, without.
+    """Section 2.2: hold out 20 in 110 patients at random.
 
-    The three are drawn apart, so that test tiles have masks where two patients have them.
+    Separately among those with outlined tumour, with cancer regions alone and without cancer, so
+    that test tiles have masks wherever two patients have them.
     """
     # Deviation: the paper trains on 90 tumour slides and tests on 20, unnamed; here normal slides
     # are in both, split by the folders train* and test*, else 20 in 110 patients are held out,
@@ -206,7 +207,7 @@ def tissue_share(slide, level, tile):
     # Deviation: the paper names no way to find tissue; here chroma above Otsu's threshold, because
     # HSV saturation breaks on near-black noise. Fixed thresholds break across centres.
     side = tile * slide.levels[level].downsample
-    coarsest = min(32, max(1, side // 8))  # 8 um/px, or 8 px in a square
+    coarsest = min(32, max(1, side // 8))  # about 8 um/px, or 8 px in a square
     fits = [lv.downsample <= coarsest and side % lv.downsample == 0 for lv in slide.levels]
     k = max(np.flatnonzero(fits).tolist())
     low = slide.levels[k]
@@ -225,17 +226,17 @@ def tissue_share(slide, level, tile):
 def tissue_threshold(histogram):
     """Otsu's threshold of 256 counts, the value that best splits them in two, held in [8, 30].
 
-    Lower, and an empty slide becomes tissue; higher, and a slide without background loses half of
-    it. Where it parts a little vivid colour, as of a pen or of blood, from all the rest, that is
-    split again without it.
+    Below 8 an empty slide would be tissue; above 30 a slide without background would lose half of
+    its tissue. If the threshold separates only a few vivid pixels (pen, blood) from everything
+    else, they are removed and it is computed again.
     """
     count = np.array(histogram, float)
-    coloured = count[9:].sum()
+    coloured = count[9:].sum()  # pixels that could be tissue
     while True:
         below, moment = count.cumsum(), (count * np.arange(256)).cumsum()
         spread = (moment[-1] * below - moment * below[-1]) ** 2
         threshold = int((spread / np.maximum(below * (below[-1] - below), 1)).argmax())
-        if threshold <= 30 or count[threshold + 1 :].sum() > coloured / 4:
+        if threshold <= 30 or count[threshold + 1 :].sum() > coloured / 4:  # not a few
             return np.clip(threshold, 8, 30)
         count[threshold + 1 :] = 0
 
@@ -244,7 +245,7 @@ class Tiles(torch.utils.data.Dataset):
     """All tissue tiles of all slides; `table` (TILE) has a row for each, `side` px of its level.
 
     tiles[row, turn] -> image (3, T, T) uint8, mask (T, T) int8, label; `turn` 1 to 7 flips and
-    turns both. A mask is 1 tumour, 0 not tumour, -1 unlabelled. Workers send bytes: float32 would
+    turns both. A mask is 1 tumour, 0 not tumour, -1 unknown. Workers send bytes: float32 would
     cost up to twice the CPU.
     """
 
@@ -287,8 +288,9 @@ def tile_slides(sources, tile=512, mpp=0.5, level=None):
         if not rows:
             where = " in its regions" if annotation.has_regions else ""
             warn(f"{source.path}: no tissue found{where}; slide skipped")
-        elif "tumour" in annotation.shapes and not any(row[5] > 0 for row in rows):
-            warn(f"{source.xml}: no outline of tumour lies on tissue; is it of this slide?")
+        elif "tumour" in annotation.rings and not any(row[5] > 0 for row in rows):
+            where = " inside a roi" if annotation.has_regions else ""
+            warn(f"{source.xml}: no outline of tumour lies on tissue{where}; is it of this slide?")
         annotations.append(annotation)
         table += rows
     return Tiles(sources, slides, annotations, tile, np.array(table, TILE))
@@ -314,9 +316,10 @@ def label_of(annotation, *box):
 def choose_labels(tiles, pixel_frac, image_frac, label_unit="tile", seed=0):
     """Whose labels training may use -> rows of `tiles.table`: the pool, masks, image labels.
 
-    The pool is all training tiles with tumour, and as many normal ones. 100 % stands for those of
-    it that have a mask, or a label. image_frac 0 is the S group, 1 is S+C. `label_unit`: single
-    tiles have masks, or whole slides. DataError if a class is missing.
+    The pool: all cancer and ambiguous training tiles, and as many normal ones as cancer ones. A
+    fraction of 1 is all of its tiles that have a mask, or a label. image_frac 0 is the S group, 1
+    is S+C. `label_unit`: masks of single tiles, as in the paper, or of whole slides, as a
+    pathologist works. DataError if a class is missing.
     """
     train, label, has_mask = tiles.table["train"], tiles.table["label"], tiles.has_mask
     cancer, normal = (np.flatnonzero(train & (label == kind)) for kind in (CANCER, NORMAL))
@@ -348,13 +351,12 @@ def nested(table, rows, unit, fraction, seed):
     with and without cancer are ranked apart, so both are drawn at that fraction, and the
     lowest-scored tile of each class is always used.
     """
-    # The paper gives masks to a fraction of the tiles; a pathologist outlines slides.
     label, units = table["label"][rows], rows if unit == "tile" else table["slide"][rows]
     with_cancer = np.isin(units, units[label == CANCER])
     rng, score = np.random.default_rng(seed), np.empty(len(rows))
-    for kind in (with_cancer, ~with_cancer):
-        which, place = np.unique(units[kind], return_inverse=True)
-        score[kind] = ((rng.permutation(len(which)) + 0.5) / max(len(which), 1))[place]
+    for part in (with_cancer, ~with_cancer):
+        which, place = np.unique(units[part], return_inverse=True)
+        score[part] = ((rng.permutation(len(which)) + 0.5) / max(len(which), 1))[place]
     used = score < fraction
     for value in (CANCER, NORMAL):
         used[np.where(label == value, score, np.inf).argmin()] = True
@@ -363,8 +365,8 @@ def nested(table, rows, unit, fraction, seed):
 
 def label_tiles(tiles, args):
     """`choose_labels` by the flags; prints slides, tiles, labels -> its rows, their fingerprint."""
-    shares = args.pixel_frac, args.image_frac, args.label_unit, args.seed
-    pool, mask_rows, label_rows = choose_labels(tiles, *shares)
+    choice = args.pixel_frac, args.image_frac, args.label_unit, args.seed
+    pool, mask_rows, label_rows = choose_labels(tiles, *choice)
     for split in ("train", "test"):
         rows = np.flatnonzero(tiles.table["train"] == (split == "train"))
         slides = len(np.unique(tiles.table["slide"][rows]))
@@ -422,13 +424,13 @@ def load_batches(tiles, batches, device, workers=0):
         if multiprocessing.get_start_method() == "forkserver":
             options["multiprocessing_context"] = "fork"
     # Fork with SIGINT blocked: the main process alone handles Ctrl-C and stops its workers.
-    set_mask = getattr(signal, "pthread_sigmask", lambda *_: None)  # there is none on Windows
+    block_signals = getattr(signal, "pthread_sigmask", lambda *_: None)  # Windows has none
     try:
-        set_mask(signal.SIG_BLOCK, {signal.SIGINT})
+        block_signals(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             loader = iter(torch.utils.data.DataLoader(tiles, batch_sampler=batches, **options))
         finally:
-            set_mask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            block_signals(signal.SIG_UNBLOCK, {signal.SIGINT})
         for batch in loader:
             yield [t.to(device, non_blocking=True) for t in batch]
     except RuntimeError as error:

@@ -3,8 +3,8 @@
     python evaluate.py --ckpt runs/x/last.pt                # scores the test slides again
     python evaluate.py --ckpt runs/x/last.pt --data OTHER --split all       # on other slides
 
-Counts are integers over the whole split and are divided once, so batches do not matter. train.py
-scores its test slides and draws its pictures with the same functions.
+Counts are integers over the whole split and are divided once: the batch size changes no score.
+train.py scores its test slides and draws its pictures with the same functions.
 """
 
 import argparse
@@ -28,7 +28,7 @@ AS_WRITTEN = argparse.RawDescriptionHelpFormatter  # --help shows the docstring 
 
 
 def find_tiles(args, split="all"):
-    """Tissue tiles of --data (default: drawn slides), at --tile, --mpp, --level -> Tiles."""
+    """Tissue tiles of --data (default: synthetic slides), at --tile, --mpp, --level -> Tiles."""
     folder = args.data
     if folder is None:
         from extras import synthetic  # the only import of extras/ in these six files
@@ -77,7 +77,7 @@ def count(model, tiles, rows, args):
     batches = data.load_batches(tiles, keys, torch.device(args.device), args.workers)
     for images, masks, _ in data.progress(batches, "evaluating", len(keys)):
         tumour, cancer = (p > 0.5 for p in predict(model, images, args.amp))
-        truth, tumour = masks == 1, tumour & (masks >= 0)  # unlabelled pixels count nowhere
+        truth, tumour = masks == 1, tumour & (masks >= 0)  # unknown pixels count nowhere
         pixels = [n.sum((1, 2)) for n in (tumour & truth, tumour & ~truth, ~tumour & truth)]
         counts.append(torch.stack([*pixels, cancer.long()], 1).cpu())
     return torch.cat(counts).numpy()
@@ -106,9 +106,9 @@ def summarise(tiles, rows, counts, classes=True):
 
     slides = []
     for n in np.unique(table["slide"]):
-        of = table["slide"] == n
-        false = int(counts[of, 1].sum()) if tiles.has_mask[rows][of].any() else None
-        line = {"slide": tiles.sources[n].name, "tiles": int(of.sum()), **figures(of)}
+        here = table["slide"] == n
+        false = int(counts[here, 1].sum()) if tiles.has_mask[rows][here].any() else None
+        line = {"slide": tiles.sources[n].name, "tiles": int(here.sum()), **figures(here)}
         slides.append(line | {"false_positive_px": false})
     dsc, false = ([s[k] for s in slides if s[k] is not None] for k in ("dsc", "false_positive_px"))
     return {

@@ -10,7 +10,7 @@ unlabelled. p(x) is the softmax probability of the labelled class at pixel (or i
     FW    w = 1 / ln(1.10 + frequency of the class)     as in Y-Net, the paper's reference [5]
     DWCE  w = exp(-ln100 p^beta), in [0.01, 1]          Eq. (2), from the prediction itself
 
-Pure functions of tensors: copy this file.
+Pure functions of tensors, so the file can be copied alone.
 """
 
 import math

@@ -11,8 +11,10 @@ Glossary, for all files:
     C0..C3     channels of the four scales      beta    exponent of the dynamic weight, Eq. (2)
     k          a scale, 0 (full) .. 3 (1/8)     p(x)    predicted probability of x's labelled class
     logits     scores before the softmax        w(x)    the weight of x in the loss, section 1.6
+    tumour     class 1 of a pixel               mask    the labels of a tile's pixels
+    cancer     class 1 of a tile                label   the image-level label of a tile
 
-Sections are the paper's: 1.3 the network, 1.5 ESP and PSP. Needs torch alone: copy this file.
+Sections are the paper's: 1.3 the network, 1.5 ESP and PSP. Needs torch alone, so it can be copied.
 """
 
 import torch

@@ -5,7 +5,7 @@
     mask = read_annotation("tumor_001.xml").mask(0, 0, 512, 512, downsample=2)      # 1 = tumour
 
 Annotations are in level-0 pixels; `Slide.read` and masks are in pixels of the level that is read.
-Needs numpy, tifffile and Pillow alone: copy this file.
+Needs numpy, tifffile and Pillow alone, so it can be copied alone.
 """
 
 import io
@@ -21,13 +21,13 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-# Deviation: the paper names CAMELYON17; here it is 16, because only 16 has 110 tumour slides.
-# Groups of an annotation, in lower case -> the kind of their shapes. CAMELYON16 training,
-# CAMELYON16 test, CAMELYON17; then the regions of slides that are not outlined in full (Fig. 1).
+# Groups of an annotation, in lower case -> the kind of their shapes. "normal" is CAMELYON17's name
+# for holes in tumour; an image-level label for normal tissue is "normal region".
 KINDS = dict.fromkeys(("_0", "_1", "tumor", "metastases"), "tumour")
-KINDS |= dict.fromkeys(("_2", "exclusion", "normal"), "exclusion")  # holes in the tumour
-REGIONS = "roi", "cancer region", "normal region"  # all is outlined inside; image-level labels
+KINDS |= dict.fromkeys(("_2", "exclusion", "normal"), "exclusion")
+REGIONS = "roi", "cancer region", "normal region"  # outlined in full inside; image-level labels
 KINDS |= {name: name for name in REGIONS}
+# Deviation: the paper names CAMELYON17; here it is 16, because only 16 has 110 tumour slides.
 AREAS = {"Polygon", "Spline", "Rectangle"}  # not Dot, PointSet, None (a ruler)
 # One level of a slide. Sizes are px of this level, `downsample` is level-0 px per px (a power of
 # two). `offsets` and `counts` place each JPEG block in the file (0 bytes = absent, background);
@@ -49,7 +49,7 @@ class DataError(SystemExit, Exception):
 
 
 def warn(message, names=None):
-    """Print a warning. With `names`: their number before it and a list after it; none, no line."""
+    """Print a warning. With `names`: their number, the message, the names; nothing without any."""
     if names is not None:
         message = f"{len(names)} {message}: {', '.join(names)}"
     if names is None or names:
@@ -99,11 +99,11 @@ class Slide:
             down = 2 ** max(0, round(math.log2(base.imagewidth / width)))
             error = width * down - base.imagewidth, height * down - base.imagelength
             if "DPUfsImport" in text:
-                # Philips pads every level to whole blocks, so the widths have no ratio of 2.
+                # Philips (CAMELYON16) pads every level to whole blocks: widths have no ratio of 2.
                 down = 2 ** len(self.levels)
                 width, height = base.imagewidth // down, base.imagelength // down
             elif max(map(abs, error)) >= 2 * down:
-                continue  # another picture
+                continue  # another picture: no half, quarter ... but for rounding
             if down in [level.downsample for level in self.levels]:
                 self.fail(f"two pages of {width} x {height} px", "keep one image in the file")
             self.levels.append(self._level(page, width, height, down))
@@ -113,10 +113,12 @@ class Slide:
 
     def _level(self, page, width, height, down):
         w, h = page.tilewidth, page.tilelength
-        pixel = page.samplesperpixel, page.bitspersample, page.planarconfig
-        if page.compression != 7 or page.photometric not in (2, 6) or pixel != (3, 8, 1):
+        layout = page.samplesperpixel, page.bitspersample, page.planarconfig
+        # 7: JPEG; 2, 6: RGB, YCbCr; 1: the three colours of a pixel side by side.
+        if page.compression != 7 or page.photometric not in (2, 6) or layout != (3, 8, 1):
             codec = getattr(page.compression, "name", page.compression)
-            self.fail(f"compression {codec} of {pixel[0]} x {pixel[1]} bits, not JPEG of 8-bit RGB")
+            finding = f"compression {codec} of {layout[0]} x {layout[1]} bits"
+            self.fail(f"{finding}, not JPEG of 8-bit RGB")
         if not 0 < min(w, h, width, height) or max(w, h) > 2048:
             self.fail(f"{width} x {height} px in blocks of {w} x {h}")
         offsets, counts = (np.array(n, np.int64) for n in (page.dataoffsets, page.databytecounts))
@@ -178,9 +180,9 @@ class Slide:
 
 
 def um_per_px(page, text):
-    """um per px of a TIFF page, as OpenSlide reads it; another value that the file has. Or None.
+    """um per px of a TIFF page as OpenSlide reads it, and a second value to compare; None without.
 
-    `text` is its description. Aperio and Philips write it there, others as resolution in x and y.
+    Aperio and Philips write it into the description, `text`; others into XResolution, YResolution.
     """
     number, values = r"\+?([\d.,]+(?:[eE][+-]?\d+)?)", []
     if aperio := re.search(r"\bMPP\s*=\s*" + number, text):
@@ -189,23 +191,24 @@ def um_per_px(page, text):
         values = [1000 * float(philips[1].replace(",", "."))]
     if page.tags.valueof("ResolutionUnit", default=2) in (2, 3):  # inch, also if missing; cm
         values += [1 / px if px else 0 for px in page.get_resolution("MICROMETER")]
-    # 72 dpi and the like are placeholders. The last is of y, or of the tags beside a text.
+    # 72 dpi and the like are placeholders. The last value is y's, if there is more than one.
     values = [mpp if 0.05 < mpp < 20 else None for mpp in values] or [None]
     return values[0], values[-1]
 
 
 class Annotation:
-    """What is known of a slide: `shapes` {kind: [xy]}, xy (n, 2) float in level-0 pixels.
+    """What is known of a slide, from shapes [(xy, kind)]; xy (n, 2) float in level-0 pixels.
 
-    "tumour" and "exclusion" (cut out of it) are outlines. Inside a "roi" all tumour is outlined;
+    "tumour" and "exclusion" (a hole in it) are outlines. Inside a "roi" all tumour is outlined;
     inside a "cancer region" or "normal region" an image-level label is known, and no mask. A slide
-    without any of these three is outlined in full; where it has one, nothing is known outside.
+    without any of these three is outlined in full; with one, nothing is known outside of them.
+    `rings` holds the shapes by kind, `boxes` the corners around each.
     """
 
     def __init__(self, shapes=()):
-        self.shapes = {kind: [xy for xy, other in shapes if other == kind] for _, kind in shapes}
-        self.has_regions, self.boxes = any(kind in REGIONS for kind in self.shapes), {}
-        for kind, rings in self.shapes.items():
+        self.rings = {kind: [xy for xy, other in shapes if other == kind] for _, kind in shapes}
+        self.has_regions, self.boxes = any(kind in REGIONS for kind in self.rings), {}
+        for kind, rings in self.rings.items():
             self.boxes[kind] = np.array([(*xy.min(0), *xy.max(0)) for xy in rings])
 
     def near(self, x, y, w, h, downsample=1):
@@ -216,18 +219,19 @@ class Annotation:
     def inside(self, kind, x, y, w, h, downsample=1):
         """The w x h px at (x, y) of the level `downsample` -> (h, w) bool, in a shape of `kind`."""
         inside = np.zeros((h, w), bool)
-        if kind in self.shapes:
+        if kind in self.rings:
             # A pixel counts if its centre is inside: x of level 0 is (x + .5) / downsample - .5.
             boxes = (self.boxes[kind] + 0.5) / downsample - 0.5 - (x, y, x, y)
             boxes = np.clip(np.ceil(boxes), 0, (w, h, w, h)).astype(int)
             for n in np.flatnonzero((boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3])):
-                a, b, c, d = boxes[n]
-                xy = (self.shapes[kind][n] + 0.5) / downsample - 0.5 - (x + a, y + b)
-                inside[b:d, a:c] |= winding(xy, c - a, d - b) != 0
+                left, top, right, bottom = boxes[n]
+                xy = (self.rings[kind][n] + 0.5) / downsample - 0.5 - (x + left, y + top)
+                inside[top:bottom, left:right] |= winding(xy, right - left, bottom - top) != 0
         return inside
 
-    def mask(self, *box):
-        """As `inside` -> (h, w) int8: 1 tumour, 0 not tumour, -1 unlabelled (outside every roi)."""
+    def mask(self, x, y, w, h, downsample=1):
+        """As `inside` -> (h, w) int8: 1 tumour, 0 not tumour, -1 unknown (outside every roi)."""
+        box = x, y, w, h, downsample
         # Exclusions are cleared last, whatever the file's order: tumour would fill them again.
         mask = (self.inside("tumour", *box) & ~self.inside("exclusion", *box)).astype(np.int8)
         if self.has_regions:
@@ -299,19 +303,15 @@ def read_annotation(path, size=(1e7, 1e7)):
     annotation = Annotation(shapes)
     listed = ", ".join(f"{count} {shape}" for shape, count in skipped.items())
     if regions and not annotation.has_regions:
-        raise DataError(f"{path}: no region can be used ({listed}); draw it again, on the slide")
+        raise DataError(f"{path}: no region can be used ({listed}); draw it on the slide again")
     # Where all is outlined, the rest would be normal tissue.
-    if (
-        skipped
-        and "tumour" not in annotation.shapes
-        and ("roi" in annotation.shapes or not regions)
-    ):
+    if skipped and "tumour" not in annotation.rings and ("roi" in annotation.rings or not regions):
         cure = "give outlines a group in ASAP, or delete all shapes if the slide is normal"
         raise DataError(f"{path}: no outline of tumour can be used ({listed}); {cure}")
     if skipped:
         warn(f"{path}: skipped {listed}; mend them in ASAP if they are outlines")
     unused = 0
-    for xy in annotation.shapes.get("tumour", ()) if regions else ():
+    for xy in annotation.rings.get("tumour", ()) if regions else ():
         down = max(1, np.ptp(xy, 0).max() / 256)  # at most 256 x 256 places are tested
         box = *(xy.min(0) // down).astype(int), *(np.ptp(xy, 0) // down + 2).astype(int), down
         outline = Annotation([(xy, "tumour")]).inside("tumour", *box)

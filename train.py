@@ -37,25 +37,27 @@ DEMO = {"tile": 128, "mpp": 1.0, "width": 16, "lr": 1e-3, "epochs": 8}  # withou
 
 def flags():
     """The command line's parser."""
-    losses = {"choices": ("dwce", "ce", "fw"), "default": "dwce"}
+    loss_names = {"choices": ("dwce", "ce", "fw"), "default": "dwce"}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=evaluate.AS_WRITTEN)
     add = parser.add_argument_group("slides and labels").add_argument
     add("--data", help="folder of slides and ASAP XML, at any depth (default: synthetic slides)")
     add("--pixel-frac", type=float, default=0.1, help="fraction of tiles with masks (default 0.1)")
-    add("--image-frac", type=float, default=1, help="with image labels, 0: S group (default 1)")
-    add("--label-unit", choices=("tile", "slide"), default="tile", help="what has masks or not")
+    add("--image-frac", type=float, default=1, help="with image labels; 0: S group (default 1)")
+    units = "masks are of single tiles or of whole slides (default tile)"
+    add("--label-unit", choices=("tile", "slide"), default="tile", help=units)
     add("--level", type=int, help="level to read where a file has no resolution (um/px)")
     add = parser.add_argument_group("scale", f"with --data {FULL}, without {DEMO}").add_argument
     add("--tile", type=int, help="side of a tile in px, a multiple of 8")
     add("--mpp", type=float, help="um/px; the nearest level is read")
     add("--width", type=int, help="channels C0, a multiple of 4")
     add("--lr", type=float, help="Adam's, falling linearly to 0")
-    add("--epochs", type=int, help="each as many iterations as a pass over the pool")
+    add("--epochs", type=int, help="each a pass over the tiles in use")
     add = parser.add_argument_group("training and machine").add_argument
-    add("--pretrain", choices=("masks", "labels"), default="masks", help="runs alone first")
-    add("--pretrain-epochs", type=int, help="of that (default: a tenth for masks, half for labels)")
-    add("--seg-loss", **losses, help="loss of step 1 (default dwce)")
-    add("--cls-loss", **losses, help="loss of step 2 (default dwce)")
+    pretrain = "which labels train alone first (default masks)"
+    add("--pretrain", choices=("masks", "labels"), default="masks", help=pretrain)
+    add("--pretrain-epochs", type=int, help="for it (default: masks a tenth, labels half of all)")
+    add("--seg-loss", **loss_names, help="loss of step 1 (default dwce, the paper's DWF)")
+    add("--cls-loss", **loss_names, help="loss of step 2 (default dwce)")
     add("--alpha", type=float, default=1, help="weight in Eq. (3) (default 1)")
     add("--beta", type=float, default=3, help="exponent of dwce, Eq. (2) (default 3)")
     add("--batch-size", type=int, default=8, help="tiles in each step (default 8)")
@@ -109,14 +111,14 @@ def pretrain_epochs(args):
     return default if args.pretrain_epochs is None else args.pretrain_epochs
 
 
-def update(optimizer, loss):
+def update(optimizer, value):
     optimizer.zero_grad()  # to None: Adam leaves a branch that was not run as it is, Fig. 4
-    loss.backward()
+    value.backward()
     optimizer.step()
 
 
 def save(path, model, optimizer, iteration, fingerprint, args):
-    """Write a checkpoint aside, then rename it: a kill never leaves half a file."""
+    """Write a checkpoint to a temporary file, then rename it: a kill never leaves half of one."""
     content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     content |= {"iteration": iteration, "fingerprint": fingerprint, "args": vars(args)}
     torch.save(content, f"{path}.part")
@@ -146,7 +148,7 @@ def batch_stream(args, tiles, rows, stream, first, last):
     return data.load_batches(tiles, keys, torch.device(args.device), args.workers)
 
 
-def losses(args, tiles, mask_rows, label_rows):
+def loss_functions(args, tiles, mask_rows, label_rows):
     """--seg-loss and --cls-loss -> two functions of logits and targets."""
     tumour, cancer = tiles.table["tumour"][mask_rows], tiles.table["label"][label_rows]
     seg_loss_fn = loss.by_name(args.seg_loss, args.beta, tumour.mean(), args.device)
@@ -157,7 +159,8 @@ def losses(args, tiles, mask_rows, label_rows):
 def restore(args, checkpoint, model, adam, fingerprint):
     """Put the state of --resume back -> its iteration, the lines of its log."""
     if checkpoint["fingerprint"] != fingerprint:
-        raise DataError(f"{args.resume}: slides or labels have changed; put them back")
+        finding = "slides, annotations or the flags of tiles and labels are not those of the run"
+        raise DataError(f"{args.resume}: {finding}; use the same")
     model.load_state_dict(checkpoint["model"])
     adam.load_state_dict(checkpoint["optimizer"])
     log = Path(args.resume).with_name("log.jsonl")
@@ -166,22 +169,23 @@ def restore(args, checkpoint, model, adam, fingerprint):
 
 def main(argv=None):
     args, checkpoint = parse_args(argv)
-    began, device, out = time.time(), torch.device(args.device), Path(args.out)
+    run_start, device, out = time.time(), torch.device(args.device), Path(args.out)
     torch.backends.cudnn.benchmark = True  # all batches have one shape
     tiles = evaluate.find_tiles(args)
     pool, mask_rows, label_rows, fingerprint = data.label_tiles(tiles, args)
     torch.manual_seed(args.seed)
     model = Network(args.width).to(device)
     adam = torch.optim.Adam(model.parameters(), lr=args.lr)
-    seg_loss_fn, cls_loss_fn = losses(args, tiles, mask_rows, label_rows)
+    seg_loss_fn, cls_loss_fn = loss_functions(args, tiles, mask_rows, label_rows)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
 
-    # Deviation: the paper does not say how long an epoch is; here a pass over the pool (100 %),
-    # because S and S+C then make equally many of step 1.
+    # Deviation: the paper does not say how long an epoch is; here a pass over the pool, whatever
+    # the fractions, because S and S+C then make the same number of updates in step 1.
     per_epoch = math.ceil(len(pool) / args.batch_size)
-    total, alone = args.epochs * per_epoch, pretrain_epochs(args) * per_epoch
-    mask_start, label_start = (0, alone) if args.pretrain == "masks" else (alone, 0)
-    label_start = label_start if len(label_rows) else total
+    total, pretrain_iters = args.epochs * per_epoch, pretrain_epochs(args) * per_epoch
+    mask_start, label_start = 0, pretrain_iters if len(label_rows) else total
+    if args.pretrain == "labels":
+        mask_start, label_start = pretrain_iters, 0
     first, lines = 0, []
     if checkpoint:
         first, lines = restore(args, checkpoint, model, adam, fingerprint)
@@ -191,20 +195,22 @@ def main(argv=None):
     data.write_tiles(out / "tiles.csv", tiles, mask_rows, label_rows)
     checkpoint_path, log_path = out / "last.pt", out / "log.jsonl"
     log_path.write_text("".join(lines))
-    save(checkpoint_path, model, adam, first, fingerprint, args)
+    save(checkpoint_path, model, adam, first, fingerprint, args)  # so that Ctrl-C can name it
     resume = f"interrupted; go on with: python train.py --resume {checkpoint_path}"
     signal.signal(signal.SIGINT, lambda *_: sys.exit(resume))
 
     # Iteration n takes batch n of a stream; 11, 12, 13 are streams of random numbers.
     mask_batches = batch_stream(args, tiles, mask_rows, 11, max(first, mask_start), total)
     label_batches = batch_stream(args, tiles, label_rows, 12, max(first, label_start), total)
-    totals, start = defaultdict(float), time.time()
+    totals, log_start = defaultdict(float), time.time()
     for n in data.progress(range(first, total), "training"):
-        # Deviation: the paper has one learning rate; here it falls to 0, because the end is scored.
+        # Deviation: the paper has one learning rate; here it falls to 0, because the last weights
+        # are the ones that are scored.
         adam.param_groups[0]["lr"] = args.lr * (1 - n / total)
         totals["iterations"] += 1
 
-        # Step 1, Fig. 4: masks teach encoder, PSP and decoder; no gradient for the head.
+        # Step 1, Fig. 4: masks teach encoder, PSP and decoder; no gradient for the
+        # classification head.
         if n >= mask_start:
             images, masks, _ = next(mask_batches)
             with autocast:
@@ -216,7 +222,7 @@ def main(argv=None):
             totals["overlap"] += (predicted * (masks == 1)).sum()
             totals["area"] += (predicted * (masks >= 0)).sum() + (masks == 1).sum()
 
-        # Step 2, Fig. 4: image labels teach encoder and head; no gradient for PSP, decoder.
+        # Step 2, Fig. 4: image labels teach encoder and classification head; none for PSP, decoder.
         if n >= label_start:
             images, _, labels = next(label_batches)
             with autocast:
@@ -227,25 +233,25 @@ def main(argv=None):
             totals["loss_cls"] += loss_cls.detach()
             totals["correct"] += (logits.argmax(1) == labels).sum()
 
-        if (n + 1) % per_epoch == 0 or time.time() - start > SAVE_EVERY:
-            line = log_line((n + 1) / per_epoch, totals, args.batch_size, start)
+        if (n + 1) % per_epoch == 0 or time.time() - log_start > SAVE_EVERY:
+            line = log_line((n + 1) / per_epoch, totals, args.batch_size, log_start)
             with log_path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             save(checkpoint_path, model, adam, n + 1, fingerprint, args)
             print(*(f"{name} {value:g} " for name, value in line.items()), flush=True)
-            totals, start = defaultdict(float), time.time()
+            totals, log_start = defaultdict(float), time.time()
     mask_batches.close(), label_batches.close()  # their workers end
 
-    # Deviation: the paper does not say what BN's statistics are; here they are estimated anew on
-    # the decoder's tiles, because running means of small batches are far off.
+    # Deviation: the paper does not say what BN's statistics are; here they are computed again on
+    # the tiles with masks, because running means over small batches are inaccurate.
     with autocast:
         count = math.ceil(len(mask_rows) / args.batch_size)
         update_bn(batch_stream(args, tiles, mask_rows, 13, 0, count), model)
     last = max(first, total)  # first, where it was resumed with fewer --epochs
     save(checkpoint_path, model, adam, last, fingerprint, args)
-    evaluate.write_results(out, model, tiles, args, began, classes=args.image_frac > 0)
+    evaluate.write_results(out, model, tiles, args, run_start, classes=args.image_frac > 0)
     again = f"again: python evaluate.py --ckpt {checkpoint_path}"
-    print(f"{time.time() - began:.0f} s, results in {out}; {again}")
+    print(f"{time.time() - run_start:.0f} s, results in {out}; {again}")
 
 
 if __name__ == "__main__":

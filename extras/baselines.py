@@ -160,7 +160,7 @@ def transfer(args, model, tiles, mask_rows, label_rows, total, pretrain):
     """Train [30]: encoder and head on labels, then with a new Adam encoder and decoder on masks."""
     # Deviation: the paper does not say how [30], a classifier, segments; here all of step 2 comes
     # before all of step 1, because only the alternation is missing then.
-    seg_loss_fn, cls_loss_fn = train.losses(args, tiles, mask_rows, label_rows)
+    seg_loss_fn, cls_loss_fn = train.loss_functions(args, tiles, mask_rows, label_rows)
     adam = torch.optim.Adam(model.parameters())
     for images, _, labels in descend(args, adam, tiles, label_rows, 12, total - pretrain):
         with autocast(args):

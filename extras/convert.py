@@ -105,7 +105,7 @@ def ring_of(points):
 def read_imagescope(path, classes):
     """ImageScope's XML -> [(xy, kind)]; `classes`: {Id or name of a layer: class} of --layer."""
     root, shapes, skipped = ElementTree.parse(path).getroot(), [], Counter()
-    unused, lesions, negatives = set(classes), set(), 0
+    unused, tumour_layers, negatives = set(classes), set(), 0
     if root.tag != "Annotations":
         raise ValueError(f"its root is {root.tag}, not Annotations as in ImageScope")
     for layer in root.iter("Annotation"):
@@ -130,13 +130,13 @@ def read_imagescope(path, classes):
             if negative and kind != "tumour":
                 raise ValueError(f"{about} is negative, which only regions of tumour can be")
             negatives += negative
-            lesions |= {number} if kind == "tumour" else set()
+            tumour_layers |= {number} if kind == "tumour" else set()
             # The centre of pixel (0, 0) is taken to be at .5, as in QuPath: Aperio does not say.
             shapes.append((ring_of(xy), "exclusion" if negative else kind))
     if skipped:
         listed = ", ".join(f"{count} {what}" for what, count in skipped.items())
         warn(f"{path}: skipped {listed}, without area")
-    if negatives and len(lesions) > 1:
+    if negatives and len(tumour_layers) > 1:
         warn(f"{path}: negative regions, which are cut out of the tumour of all its layers")
     if unused:
         warn(f"{path}: has no layer {', '.join(sorted(unused))}")

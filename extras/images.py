@@ -5,18 +5,19 @@
     python -m extras.images fields slides --mpp 0.5 --masks masks --case "TCGA-..-...."
     python train.py --data slides --mpp 0.5 --tile 224           # tiles no larger than the fields
 
-Subfolders stay: train* and test* are the split. Of a field come a pyramid TIFF and an ASAP XML, by
+Subfolders stay: train* and test* are the split. Each field becomes a pyramid TIFF and an ASAP XML,
+made from
 
 * its mask (of the same stem; where that repeats, in the same subfolder): outlines, equal in every
   pixel. Tumour is what is not 0, or the values of --tumour; all the rest counts as not tumour.
 * without a mask, its row `name,cancer` or `name,normal` of labels.csv: one region, the whole field.
-  A name is a path below the folder, with or without suffix, else a file or stem that is there once.
+  A name is a path below the folder, with or without suffix, or a file name that occurs once.
   Names of no field are listed in a warning: a table is often of more than is at hand.
 * with neither: nothing. A warning lists them.
 
 --case is a regular expression, searched in the path below the folder. Fields with the same group 1
-(or whole match) are of one patient, whom no drawn split divides: their slides are called
-patient_NNN_node_M, and fields.csv says which is which.
+(or whole match) are of one patient; a split drawn at random keeps them on one side. Their slides
+are called patient_NNN_node_M, and fields.csv says which is which.
 """
 
 import argparse

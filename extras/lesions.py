@@ -26,7 +26,7 @@ def compare(truth, found, level, min_area):
 
     Only what a roi holds is compared, on a slide that has one. Glass counts too: what is outlined
     there is missed. A lesion is a patch of touching pixels of `min_area` px or more. One pixel of
-    both: it was found; a patch that has none is a false one.
+    both: it was found. A predicted patch that touches no lesion is a false positive.
     """
     boxes = [(0, y, level.width, min(256, level.height - y)) for y in range(0, level.height, 256)]
 
@@ -49,7 +49,7 @@ def score(model, tiles, out, args):
     """Predict the slides of `tiles` and compare with their annotation -> figures, None for none."""
     counts, lesions, slides, no_mask = [], [], [], []
     for n, (source, slide, truth) in enumerate(zip(tiles.sources, tiles.slides, tiles.annotations)):
-        if truth.has_regions and "roi" not in truth.shapes:
+        if truth.has_regions and "roi" not in truth.rings:
             no_mask.append(source.name)
             continue
         folder = out / Path(source.name).parent

@@ -148,7 +148,7 @@ def test_a_region_says_where_all_tumour_is_outlined(tmp_path, name):
     "name", ["Cancer region", "cancer region*", "Normal region", "NORMAL REGION"]
 )
 def test_a_region_with_a_label_alone_keeps_its_label(tmp_path, name):
-    (kind,) = converted(tmp_path, feature([box(0, 0, 20, 20)], name)).shapes
+    (kind,) = converted(tmp_path, feature([box(0, 0, 20, 20)], name)).rings
     assert kind == name.lower().strip("*")
 
 
@@ -174,7 +174,7 @@ def test_an_export_without_tumour_is_warned_of_as_it_makes_a_normal_slide(
 def test_what_is_to_be_ignored_is_cut_out_whatever_the_order_but_for_its_holes(tmp_path, name):
     cut = feature([box(5, 5, 10, 10), box(8, 8, 2, 2)[::-1]], name)
     annotation = converted(tmp_path, [cut, feature([box(0, 0, 20, 20)])])
-    assert [len(annotation.shapes[kind]) for kind in ("tumour", "exclusion")] == [1, 1]
+    assert [len(annotation.rings[kind]) for kind in ("tumour", "exclusion")] == [1, 1]
     mask = annotation.mask(0, 0, 20, 20)
     assert mask.sum() == 400 - 100 + 4 and mask[9, 9] == 1 and mask[6, 6] == 0
 
@@ -314,7 +314,7 @@ def test_thousands_of_holes_take_seconds(tmp_path):
     assert time.process_time() - start < 5
     assert annotation.mask(0, 0, 20 * side, 20 * side).sum() == 300 * side * side
     # Every row of a mask meets every edge that crosses it: of the way from hole to hole, two.
-    (xy,) = annotation.shapes["tumour"]
+    (xy,) = annotation.rings["tumour"]
     heights = np.abs(np.diff(xy[:, 1], append=xy[0, 1])).sum()
     assert heights < 2 * 20 * side * 2 + 2 * 10 * len(holes)
 

@@ -33,7 +33,7 @@ SQUARE = np.array([(10, 10), (30, 10), (30, 30), (10, 30)], float)
 )
 def test_original_files_keep_areas_and_skip_dots_rulers_and_rings_of_two(name, tumour, exclusions):
     annotation = read_annotation(XML / f"{name}.xml")
-    shapes = annotation.shapes
+    shapes = annotation.rings
     assert (len(shapes["tumour"]), len(shapes.get("exclusion", ()))) == (tumour, exclusions)
     assert all(len(xy) >= 3 for rings in shapes.values() for xy in rings)
 
@@ -81,7 +81,7 @@ def test_points_are_put_by_their_order(tmp_path):
 def test_the_order_is_one_of_numbers(tmp_path, order):
     """As texts, "10" comes before "2"."""
     path = write_xml(tmp_path / "a.xml", ("_0", "Polygon", SQUARE), order=order)
-    (xy,) = read_annotation(path).shapes["tumour"]
+    (xy,) = read_annotation(path).rings["tumour"]
     assert np.array_equal(xy, SQUARE[::-1])
 
 
@@ -91,7 +91,7 @@ def test_a_group_in_a_known_one_is_of_that_one(tmp_path):
     rings = [("deep", "Polygon", SQUARE), ("fat", "Polygon", SQUARE / 2)]
     rings += [("macro", "Polygon", SQUARE + 30)]
     annotation = read_annotation(write_xml(tmp_path / "a.xml", *rings, groups=groups))
-    assert {kind: len(rings) for kind, rings in annotation.shapes.items()} == {
+    assert {kind: len(rings) for kind, rings in annotation.rings.items()} == {
         "tumour": 2,
         "exclusion": 1,
     }
@@ -124,7 +124,7 @@ def test_a_file_whose_shapes_are_all_skipped_is_not_one_of_a_normal_slide(tmp_pa
 
 def test_a_file_without_any_shape_is_one_of_a_normal_slide(tmp_path, capsys):
     path = write_xml(tmp_path / "a.xml", groups={"metastases": "None"})
-    assert read_annotation(path).shapes == {}
+    assert read_annotation(path).rings == {}
     assert read_annotation(path).mask(0, 0, 9, 9).sum() == 0 and not capsys.readouterr().err
 
 
@@ -132,7 +132,7 @@ def test_outlines_that_were_put_in_no_group_are_warned_of(tmp_path, capsys):
     rings = [("_0", "Polygon", SQUARE), ("None", "Polygon", SQUARE), (None, "Spline", SQUARE)]
     annotation = read_annotation(write_xml(tmp_path / "a.xml", *rings))
     said = capsys.readouterr().err
-    assert len(annotation.shapes["tumour"]) == 1 and said.count("\n") == 1 and "a.xml" in said
+    assert len(annotation.rings["tumour"]) == 1 and said.count("\n") == 1 and "a.xml" in said
     read_annotation(write_xml(tmp_path / "a.xml", *rings[:1], ("None", "Dot", SQUARE[:1])))
     assert "1 Dot of 1 points" in capsys.readouterr().err
 

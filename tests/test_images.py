@@ -181,7 +181,7 @@ def test_a_region_holds_every_pixel(tmp_path, size):
     annotation = read_annotation(tmp_path / "o/deep/normal_1.xml", size)
     inside = annotation.inside("cancer region", -2, -2, size[0] + 4, size[1] + 4)
     assert np.array_equal(inside, np.pad(np.ones(size[::-1], bool), 2))
-    (corners,) = annotation.shapes["cancer region"]
+    (corners,) = annotation.rings["cancer region"]
     assert (corners.min(0) == -0.5).all() and (corners.max(0) == np.array(size) - 0.5).all()
 
 

@@ -64,7 +64,7 @@ def test_outline_to_xml_to_mask_is_the_identity(tmp_path, downsample):
         polygons = outline.to_shapes(outline.trace(strips(mask, 1 + n % 9)), downsample)
         outline.write_annotation(tmp_path / "a.xml", polygons)
         again = read_annotation(tmp_path / "a.xml")
-        assert sum(map(len, again.shapes.values())) == len(polygons)
+        assert sum(map(len, again.rings.values())) == len(polygons)
         assert np.array_equal(again.mask(0, 0, *mask.shape[::-1], downsample), mask), mask
         level_0 = np.kron(mask, np.ones((downsample, downsample)))
         assert np.array_equal(again.mask(0, 0, *level_0.shape[::-1]), level_0)

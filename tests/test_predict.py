@@ -211,7 +211,7 @@ def test_simplified_outlines_are_near_the_exact_ones(run, slides, predicted, tmp
     exact, fewer = (
         read_annotation(folder / f"{path.stem}_pred.xml") for folder in (predicted, tmp_path)
     )
-    corners = [sum(len(xy) for rings in a.shapes.values() for xy in rings) for a in (exact, fewer)]
+    corners = [sum(len(xy) for rings in a.rings.values() for xy in rings) for a in (exact, fewer)]
     assert corners[1] < corners[0] / 2
     a, b = (annotation.mask(0, 0, 384, 384, 2).astype(bool) for annotation in (exact, fewer))
     assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.9
@@ -269,7 +269,7 @@ def test_the_picture_shows_the_slide_and_its_outlines(predicted):
     assert picture.shape == (768, 768, 3)
     yellow = (picture == (255, 230, 0)).all(2)
     assert 100 < yellow.sum() < 60000
-    xy, *_ = read_annotation(xml).shapes["tumour"]
+    xy, *_ = read_annotation(xml).rings["tumour"]
     x, y = xy.clip(2, 765).astype(int).T
     assert yellow[y, x].mean() > 0.5
 
@@ -387,7 +387,7 @@ def test_a_slide_on_which_no_tissue_was_found_is_not_called_free_of_tumour(run, 
     assert cells == [""] * 4 and row["windows"] == "0"
     assert page(tmp_path / "out/glass_likelihood_map.tif").shape == (150, 205)
     assert Image.open(tmp_path / "out/glass.png").size == (410, 300)
-    assert not read_annotation(tmp_path / "out/glass_pred.xml").shapes
+    assert not read_annotation(tmp_path / "out/glass_pred.xml").rings
     assert "done before" in ok(predict.main, *argv)
 
 

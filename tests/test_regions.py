@@ -61,7 +61,7 @@ def test_masks_of_whole_slides_and_boxes_for_the_others_train_as_the_simulation_
     for path in sorted(slides.rglob("*.tif")):
         name = f"{path.parent.name}/{path.name}"
         xml = link(path, tmp_path / "some" / path.parent.name)
-        shapes = read_annotation(tmp_path / "all" / name.replace(".tif", ".xml")).shapes
+        shapes = read_annotation(tmp_path / "all" / name.replace(".tif", ".xml")).rings
         shapes = [(xy, kind) for kind, rings in shapes.items() for xy in rings]
         if name in outlined:
             shapes.append((box(0, 0, 768, 768), "roi"))
@@ -210,7 +210,7 @@ def few_outlined_many_boxed(slides, folder, test_too=True):
     """Two training slides have a roi, the others a cancer and a normal box -> `folder`."""
     for path in sorted(slides.rglob("synthetic*.tif")):
         xml = link(path, folder / path.parent.name)
-        rings = read_annotation(path.with_suffix(".xml")).shapes
+        rings = read_annotation(path.with_suffix(".xml")).rings
         shapes = [(xy, kind) for kind, some in rings.items() for xy in some]
         if path.stem[-3:] in ("000", "001") or test_too and path.parent.name == "test":
             shapes += [(box(0, 0, 768, 768), "roi")]
@@ -283,7 +283,7 @@ def test_regions_are_read_in_any_case_and_nested(tmp_path, name, shape):
     rings = [(name, shape, SQUARE), ("inner", shape, SQUARE + 50)]
     path = write_xml(tmp_path / "a.xml", *rings, groups={"inner": name, name: "None"})
     annotation = read_annotation(path)
-    assert [*annotation.shapes] == [name.lower()] and len(annotation.shapes[name.lower()]) == 2
+    assert [*annotation.rings] == [name.lower()] and len(annotation.rings[name.lower()]) == 2
     mask = annotation.mask(0, 0, 100, 100)
     assert (mask == 0).sum() == (2 * 400 if name.lower() == "roi" else 0)
     assert (mask == -1).sum() == 100 * 100 - (mask == 0).sum()

@@ -247,7 +247,7 @@ def test_damaged_annotations_are_read_or_refused(tmp_path):
 
     def read_outlines(path):
         annotation = read_annotation(path)
-        for xy in sum(annotation.shapes.values(), [])[:3]:
+        for xy in sum(annotation.rings.values(), [])[:3]:
             annotation.mask(*(xy.min(0) // 2).astype(int), 512, 512, 2)
 
     files = [p.read_bytes() for p in sorted((Path(__file__).parent / "data").glob("*.xml"))]
