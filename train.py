@@ -85,6 +85,7 @@ def parse_args(argv=None):
         if any(vars(args)[name] != old[name] for name in fixed) or "iteration" not in checkpoint:
             changed = "--width, --batch-size, --seed or version"
             parser.error(f"{args.resume} has another {changed}; start a new run")
+    args.data = args.data and os.path.abspath(args.data)  # evaluate.py may be called elsewhere
     scale = FULL if args.data else DEMO
     vars(args).update({name: scale[name] for name in scale if getattr(args, name) is None})
     if not (0 <= args.pixel_frac <= 1 and 0 <= args.image_frac <= 1):

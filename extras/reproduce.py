@@ -11,6 +11,7 @@ figures are of CAMELYON: other data can only agree in which row is ahead.
 
 import argparse
 import csv
+import hashlib
 import json
 import multiprocessing
 import os
@@ -46,6 +47,16 @@ def settings(run):
     shared = {k: str(v) for k, v in shared.items() if k not in own}
     shared = {k.replace("_", "-"): v for k, v in shared.items() if v not in ("None", "False")}
     return " ".join(f"--{k} {v}".removesuffix(" True") for k, v in shared.items())
+
+
+def slides_key(folder):
+    """A hash of a folder's slides and annotations: their names, sizes, and the text of XML."""
+    key = hashlib.sha256()
+    for path in sorted(data.walk(Path(folder), set())):
+        if path.suffix.lower() in (".tif", ".tiff", ".svs", ".xml"):
+            key.update(f"{path.relative_to(folder)} {path.stat().st_size}".encode())
+            key.update(path.read_bytes() if path.suffix.lower() == ".xml" else b"")
+    return key.hexdigest()[:12]
 
 
 def runs_of(name, args):
@@ -96,13 +107,13 @@ def carry_out_all(args, todo):
     with pool, open(args.rows, "a", buffering=1, newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         if not file.tell():
-            rows.writerow(["run", "seed", *FIGURES, "flags"])
+            rows.writerow(["run", "seed", *FIGURES, "flags", "slides"])
         try:
             jobs = {pool.submit(carry_out, args, *run): run for run in todo}
             for n, job in enumerate(as_completed(jobs), 1):
                 run, figures = jobs[job], job.result()
                 if isinstance(figures, dict):
-                    rows.writerow([*run, *figures.values(), args.flags])
+                    rows.writerow([*run, *figures.values(), args.flags, args.slides])
                     figures = "  ".join(f"{k} {value}" for k, value in figures.items() if value)
                 print(f"{n}/{len(jobs)} {run[0]},seed={run[1]}: {figures}", flush=True)
         except KeyboardInterrupt:
@@ -112,11 +123,16 @@ def carry_out_all(args, todo):
 
 
 def read_rows(args):
-    """runs.csv -> {(run, seed): figures that it has}; DataError for rows of other settings."""
+    """runs.csv -> {(run, seed): figures that it has}; DataError for rows of other settings.
+
+    A folder of the same name is not the same data: rows know their slides, but those of docs/.
+    """
     rows = {}
     for row in csv.DictReader(args.rows.read_text().splitlines() if args.rows.exists() else []):
         if row["flags"] != args.flags:
             raise DataError(f"{args.rows} is of {row['flags']}; give another --out")
+        if args.slides and row.get("slides") and row["slides"] != args.slides:
+            raise DataError(f"{args.rows} is of other slides or annotations; give another --out")
         rows[row["run"], int(row["seed"])] = {k: float(row[k]) for k in FIGURES if row[k]}
     return rows
 
@@ -185,7 +201,8 @@ def parse_args(argv=None):
         parser.error("--fractions are shares, 0 to 1")
     args.tables, args.rows = tables(sorted(args.fractions or [])), Path(args.out, "runs.csv")
     args.names = [*args.tables] if "all" in args.names else args.names
-    args.flags = settings(vars(args.common))
+    args.flags, folder = settings(vars(args.common)), args.common.data
+    args.slides = slides_key(folder) if folder and Path(folder).is_dir() else ""
     return args
 
 

@@ -110,7 +110,7 @@ def test_the_same_settings_are_one_run():
         for name in ("table1", "table2", "table3", "table4", "table5", "strip")
     )
     assert len(one | two | three) == 6 + 4 + 4  # beta 3, alpha 1, DWCE + DWCE are one
-    assert four == five and len(four) == 4 * 11 - 2  # all masks, by tile or by slide: one
+    assert four == five and len(four) == 6 * 11 - 3  # all masks, by tile or by slide: one
     assert ("image-frac=0,label-unit=slide,pixel-frac=0", 0) in four
     assert strip < four and ("pixel-frac=0.1", 0) in strip & one
     flags = [f"--{name}={value}" for name, value in tables.DEFAULTS.items()]
@@ -169,7 +169,7 @@ def test_tables_as_text():
                 found = dsc - 0.3 * by_slide + seed / 100
                 rows[table.run(group, column), seed] = {"dsc": found, "iou": 0.0}
     lines = tables.markdown(table, rows, "A.").split("\n")
-    assert lines[:9] == [
+    assert lines[:13] == [
         "| DSC, masks on | 2 % | 10 % | 100 % |",
         "| --- | --- | --- | --- |",
         "| S, paper |  | .728 | .868 |",
@@ -178,6 +178,10 @@ def test_tables_as_text():
         "| S+C, here | .660 ± .010 (n = 3) | .760 ± .010 (n = 3) | .860 ± .010 (n = 3) |",
         f"| S+C - S, paired |{3 * ' +.050 [.050, .050] (n = 3) |'}",
         "| gap closed | 25 % | 50 % | no gap |",
+        lines[5].replace("S+C", "S+C labels first"),
+        lines[6].replace("S+C", "S+C labels first"),
+        "| gap closed | 25 % | 50 % | no gap |",
+        f"| labels first - S+C, paired |{3 * ' +.000 [.000, .000] (n = 3) |'}",
         "| S, masks by slide, here |  | .410 ± .010 (n = 3) | .810 ± .010 (n = 3) |",
     ]
     assert lines[-2].startswith("A. Mean ± sd, n as in the cells. Paired: ")
@@ -196,34 +200,34 @@ def test_a_sweep_that_is_stopped_goes_on_and_gives_the_same_files(started, slide
     argv = ["table6", "strip", "--data", slides, *TINY, "--fractions", 1, 0.1]
     whole, stopped = (["--seeds", 2, "--out", tmp_path / name] for name in ("whole", "stopped"))
     out = ok(reproduce.main, *argv, *whole)
-    assert len(started) == 5 * 2 * 2  # S and four methods, two fractions, two seeds
+    assert len(started) == 6 * 2 * 2  # S and five methods, two fractions, two seeds
     assert "| S, here | .515 ± .007 (n = 2) | .605 ± .007 (n = 2) |" in out
     for number in (2, 5):  # S, and multi-task
         started.kill = {len(started) + number}
         status, _, err = call(reproduce.main, *argv, *stopped)
         assert status == 1 and "the same command goes on" in err
     listed = ok(reproduce.main, *argv, *stopped, "--list").splitlines()
-    assert listed[0] == "table6: 20 runs, 15 missing"
+    assert listed[0] == "table6: 24 runs, 19 missing"
     ok(reproduce.main, *argv, *stopped)
-    assert len(started) == 20 + 2 + 5 + 15
+    assert len(started) == 24 + 2 + 5 + 19
     assert [name for name, resumed in started if resumed] == ["image-frac=0,pixel-frac=1,seed=0"]
     for name in ("table6.md", "strip.png"):
         one, two = ((tmp_path / folder / name).read_bytes() for folder in ("whole", "stopped"))
         assert one == two
     one, two = ((tmp_path / f / "runs.csv").read_text() for f in ("whole", "stopped"))
-    assert one == two and len(one.splitlines()) == 21
+    assert one == two and len(one.splitlines()) == 25
 
 
 def test_tables_need_the_rows_alone_and_pictures_the_checkpoints(started, slides, tmp_path):
     argv = ["--data", slides, *TINY, "--fractions", 0.1, "--seeds", 1, "--out", tmp_path]
     out = ok(reproduce.main, "table4", *argv)
-    assert len(started) == 4 and out.count("| S, here | .510 (n = 1) |") == 1
+    assert len(started) == 6 and out.count("| S, here | .510 (n = 1) |") == 1
     ok(reproduce.main, "strip", *argv)
-    assert len(started) == 4 and (tmp_path / "strip.png").exists()
+    assert len(started) == 6 and (tmp_path / "strip.png").exists()
     (tmp_path / "runs").rename(tmp_path / "gone")
     assert ok(reproduce.main, "table4", *argv) == out[out.index("| DSC") :]
     assert "not a checkpoint" in one_line_of(*call(reproduce.main, "strip", *argv))
-    assert ok(reproduce.main, "fig8", *argv, "--jobs", 0) == "" and len(started) == 4
+    assert ok(reproduce.main, "fig8", *argv, "--jobs", 0) == "" and len(started) == 6
 
 
 def test_the_rows_of_the_docs_give_the_tables_of_the_docs(tmp_path):
@@ -260,11 +264,25 @@ def test_runs_of_other_settings_do_not_mix(started, slides, tmp_path):
     assert row["accuracy"] == "" and row["seconds"] == "60" and row["slide_dsc"] == "0.123457"
 
 
+def test_another_folder_of_the_same_name_is_other_data(started, few, tmp_path):
+    """Its table was the first one's, with status 0."""
+    for place in ("a", "b"):
+        shutil.copytree(few, tmp_path / place / "slides")
+    argv = ["table4", *TINY, "--fractions", 1, "--seeds", 1, "--out", tmp_path / "r", "--data"]
+    ok(reproduce.main, *argv, tmp_path / "a/slides")
+    count = len(started)
+    ok(reproduce.main, *argv, tmp_path / "b/slides")  # a copy is the same data
+    xml = tmp_path / "b/slides/train/synthetic_001.xml"
+    xml.write_text(xml.read_text().replace("metastases", "exclusion", 1))
+    line = one_line_of(*call(reproduce.main, *argv, tmp_path / "b/slides"))
+    assert "runs.csv is of other slides" in line and len(started) == count
+
+
 def test_a_run_that_fails_is_named_and_the_tables_have_the_others(started, slides, tmp_path):
     argv = ["table4", "--data", slides, "--out", tmp_path, "--fractions", 1, "--seeds", 1]
     status, out, err = call(reproduce.main, *argv, "--epochs", 7)
-    assert status == 1 and "2 of 2 runs failed" in err
-    assert "1/2 image-frac=0,pixel-frac=1,seed=0: error: seven; see " in out
+    assert status == 1 and "3 of 3 runs failed" in err
+    assert "1/3 image-frac=0,pixel-frac=1,seed=0: error: seven; see " in out
     assert "| S, here |  |" in out and "seven" in next(tmp_path.rglob("train.log")).read_text()
 
 
@@ -332,10 +350,11 @@ def test_a_worker_trains(slides, tmp_path):
 def test_what_is_not_known_is_refused():
     for argv in (["table9"], ["--mpp", 2, "table4"], ["table4", "--seeds", 11]):
         one_line_of(*call(reproduce.main, *argv))
-    values = dict(zip(reproduce.VARIED, (1, 0.2, 0.3, "slide", 2, 2, "ce", "fw")))
+    values = dict(zip(reproduce.VARIED, (1, 0.2, 0.3, "slide", 2, 2, "ce", "fw", "labels")))
     for name, value in values.items():
         flag = "--" + name.replace("_", "-")
-        for said in ([flag, value], [f"{flag}={value}"], [flag[:-1], value]):  # in part, too
+        part = "--seg" if name == "seg_loss" else flag  # argparse takes parts of flags, too
+        for said in ([flag, value], [f"{flag}={value}"], [part, value]):
             assert "leave it out" in one_line_of(*call(reproduce.main, "table1", *said))
     assert "multiple of 8" in one_line_of(*call(reproduce.main, "table1", "--tile", 60))
     assert "shares" in one_line_of(*call(reproduce.main, "table4", "--fractions", 10))

@@ -487,6 +487,13 @@ def test_evaluate_repeats_the_figures_of_training_exactly(run):
     assert headline in out.splitlines()
 
 
+def test_a_relative_data_folder_is_that_of_the_training(few, run, tmp_path, monkeypatch):
+    """Called elsewhere, evaluate scored another folder of that name as the run's own."""
+    monkeypatch.chdir(few.parent)
+    args, _ = train.parse_args(["--data", few.name])
+    assert args.data == str(few)
+
+
 def test_the_device_is_the_machines_not_that_of_training(run, tmp_path):
     """A checkpoint from a GPU could not be scored on a laptop without --device cpu."""
     checkpoint = checkpoint_of(run[0])
