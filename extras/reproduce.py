@@ -15,6 +15,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -123,17 +124,18 @@ def carry_out_all(args, todo):
 
 
 def read_rows(args):
-    """runs.csv -> {(run, seed): figures that it has}; DataError for rows of other settings.
+    """runs*.csv -> {(run, seed): figures that it has}; DataError for rows of other settings.
 
     A folder of the same name is not the same data: rows know their slides, but those of docs/.
     """
     rows = {}
-    for row in csv.DictReader(args.rows.read_text().splitlines() if args.rows.exists() else []):
-        if row["flags"] != args.flags:
-            raise DataError(f"{args.rows} is of {row['flags']}; give another --out")
-        if args.slides and row.get("slides") and row["slides"] != args.slides:
-            raise DataError(f"{args.rows} is of other slides or annotations; give another --out")
-        rows[row["run"], int(row["seed"])] = {k: float(row[k]) for k in FIGURES if row[k]}
+    for path in sorted(Path(args.out).glob("runs*.csv")):  # of all shards
+        for row in csv.DictReader(path.read_text().splitlines()):
+            if row["flags"] != args.flags:
+                raise DataError(f"{path} is of {row['flags']}; give another --out")
+            if args.slides and row.get("slides") and row["slides"] != args.slides:
+                raise DataError(f"{path} is of other slides or annotations; give another --out")
+            rows[row["run"], int(row["seed"])] = {k: float(row[k]) for k in FIGURES if row[k]}
     return rows
 
 
@@ -191,6 +193,7 @@ def parse_args(argv=None):
     add("--seeds", type=int, default=3, choices=range(1, 11), help="0, 1, ... (3)")
     add("--fractions", type=float, nargs="+", help="shares of masks, in place of the paper's")
     add("--jobs", type=int, default=1, help="runs at a time; 0 writes what runs.csv has (1)")
+    add("--shard", help="I/N: every N-th run from the I-th, its rows in runs-I.csv: many machines")
     add("--list", action="store_true", help="print how many runs each name has, and run nothing")
     args, args.rest = parser.parse_known_args(argv)
     args.common, plain = train.parse_args(args.rest)[0], train.parse_args([])[0]
@@ -200,6 +203,11 @@ def parse_args(argv=None):
     if not all(0 <= fraction <= 1 for fraction in args.fractions or []):
         parser.error("--fractions are shares, 0 to 1")
     args.tables, args.rows = tables(sorted(args.fractions or [])), Path(args.out, "runs.csv")
+    if args.shard:
+        if not re.fullmatch(r"[1-9]\d*/[1-9]\d*", args.shard):
+            parser.error("--shard is I/N, as 1/4, 2/4, 3/4, 4/4")
+        args.shard = [int(number) for number in args.shard.split("/")]
+        args.rows = args.rows.with_stem(f"runs-{args.shard[0]}")
     args.names = [*args.tables] if "all" in args.names else args.names
     args.flags, folder = settings(vars(args.common)), args.common.data
     args.slides = slides_key(folder) if folder and Path(folder).is_dir() else ""
@@ -215,9 +223,12 @@ def main(argv=None):
             print(f"{name}: {len(runs[name])} runs, {len(runs[name] - rows.keys())} missing")
         return
     args.rows.parent.mkdir(parents=True, exist_ok=True)
-    todo = set().union(*runs.values()) - rows.keys()
+    todo = sorted(set().union(*runs.values()), key=lambda run: run[::-1])  # seed after seed
+    if args.shard:
+        todo = todo[args.shard[0] - 1 :: args.shard[1]]
+    todo = [run for run in todo if run not in rows]
     if args.jobs:
-        carry_out_all(args, sorted(todo, key=lambda run: run[::-1]))  # seed after seed
+        carry_out_all(args, todo)
     rows = read_rows(args)
     here = Path(args.common.data or "synthetic slides").resolve().name
     for name in args.names:
@@ -228,7 +239,7 @@ def main(argv=None):
             print(text)
         elif runs[name] <= rows.keys():
             draw(name, args).save(Path(args.out, f"{name}.png"))
-    if args.jobs and (failed := todo - rows.keys()):
+    if args.jobs and (failed := {*todo} - rows.keys()):
         raise DataError(f"{len(failed)} of {len(todo)} runs failed; run the command again")
 
 

@@ -264,6 +264,19 @@ def test_runs_of_other_settings_do_not_mix(started, slides, tmp_path):
     assert row["accuracy"] == "" and row["seconds"] == "60" and row["slide_dsc"] == "0.123457"
 
 
+def test_shards_share_the_runs_and_tables_read_all_of_them(started, slides, tmp_path):
+    argv = ["table4", "--data", slides, *TINY, "--fractions", 1, "--seeds", 2, "--out", tmp_path]
+    for shard in ("1/2", "2/2"):
+        out = ok(reproduce.main, *argv, "--shard", shard)
+    runs = [name for name, _ in started]
+    assert len(runs) == len({*runs}) == 3 * 2
+    assert sorted(p.name for p in tmp_path.glob("*.csv")) == ["runs-1.csv", "runs-2.csv"]
+    assert "| S, here | .605 ± .007 (n = 2) |" in out
+    assert ok(reproduce.main, *argv, "--jobs", 0) == out[out.index("| DSC") :]
+    for bad in ("0/2", "2", "a/b"):
+        assert "--shard" in one_line_of(*call(reproduce.main, *argv, "--shard", bad))
+
+
 def test_another_folder_of_the_same_name_is_other_data(started, few, tmp_path):
     """Its table was the first one's, with status 0."""
     for place in ("a", "b"):
