@@ -32,10 +32,9 @@ NO_SLIDES = "_mask", "_likelihood_map"  # ends of stems: CAMELYON16's masks, pre
 TISSUE_SHARE, CANCER_SHARE = 0.1, 0.05  # less tissue: dropped; more tumour: labelled cancer
 COVERED = 0.5  # a tile has a mask, or a region's label, if at least this share of it is inside
 CANCER, NORMAL, AMBIGUOUS = 1, 0, -1  # image-level labels; AMBIGUOUS never trains the head
-# CAMELYON16 slides on which not every metastasis is outlined, as its authors list them.
+# CAMELYON16 slides on which not every metastasis is outlined, or withdrawn, by its authors' lists.
 NUMBERS = 10, 15, 18, 20, 25, 29, 33, 34, 44, 46, 51, 54, 55, 56, 67, 79, 85, 92, 95, 110
-INCOMPLETE = {f"tumor_{n:03}" for n in NUMBERS} | {"test_114"}
-WITHDRAWN = {"normal_086", "test_049"}  # by its authors: one has tumour, one is there twice
+INCOMPLETE = {f"tumor_{n:03}" for n in NUMBERS} | {"test_114", "normal_086", "test_049"}
 # A slide to use: its path below the data folder and in full, its XML or None, "train" or "test".
 Source = namedtuple("Source", "name path xml split")
 # A tile: number of its slide, x and y in level-0 px, level, whether it is to train on, share of
@@ -96,11 +95,12 @@ def find_slides(root, seed=0):
         sources = seeded_split(sources, seed)
     train, test = ({patient(s) for s in sources if s.split == side} for side in ("train", "test"))
     incomplete = [s.name for s in sources if stem(s.path) in INCOMPLETE]
-    withdrawn = [s.name for s in sources if stem(s.path) in WITHDRAWN]
     warn("slides left out: no XML and not known as normal, or outside train and test", left_out)
-    warn("slides were withdrawn from CAMELYON16; remove them", withdrawn)
     warn("patients are both in train and in test", sorted(train & test))
-    warn("slides are not outlined in full; their 'normal' tiles may be tumour", incomplete)
+    warn(
+        "slides are withdrawn or not outlined in full; their 'normal' tiles may be tumour",
+        incomplete,
+    )
     return sources
 
 
@@ -286,8 +286,10 @@ def tile_slides(sources, tile=512, mpp=0.5, level=None):
                 place = n, x * down, y * down, k, source.split == "train"
                 rows.append((*place, tumour, label, known))
         if not rows:
-            where = " in its regions" if annotation.has_regions else ""
-            warn(f"{source.path}: no tissue found{where}; slide skipped")
+            finding = "no tissue found"
+            if annotation.has_regions:
+                finding = f"no tile of {tile} px with tissue lies in its regions by half"
+            warn(f"{source.path}: {finding}; slide skipped")
         elif "tumour" in annotation.rings and not any(row[5] > 0 for row in rows):
             where = " inside a roi" if annotation.has_regions else ""
             warn(f"{source.xml}: no outline of tumour lies on tissue{where}; is it of this slide?")
@@ -323,10 +325,12 @@ def choose_labels(tiles, pixel_frac, image_frac, label_unit="tile", seed=0):
     """
     train, label, has_mask = tiles.table["train"], tiles.table["label"], tiles.has_mask
     cancer, normal = (np.flatnonzero(train & (label == kind)) for kind in (CANCER, NORMAL))
-    if not (len(cancer) and len(normal) and (~train & (label == CANCER)).any()):
+    if not (len(cancer) and len(normal)):
         finding = f"{len(cancer)} cancer, {len(normal)} normal tiles of {tiles.side} px to train on"
-        cure = "training needs both, testing cancer: change --tile, --mpp, --level or --data"
-        raise DataError(f"{finding}; {cure}")
+        raise DataError(f"{finding}; training needs both: change --tile, --mpp, --level or --data")
+    if not (~train & (label == CANCER)).any():
+        finding = f"no cancer tile of {tiles.side} px to test on"
+        raise DataError(f"{finding}; put slides into train/ and test/, or add patients with cancer")
     if not (~train & has_mask & (label == CANCER)).any():
         cure = "outline one in a roi on a test slide"
         warn(f"no test tile with tumour has a mask: DSC will be null; {cure}")
@@ -337,8 +341,9 @@ def choose_labels(tiles, pixel_frac, image_frac, label_unit="tile", seed=0):
     # of each class, because its [20] does. 0 % of image labels is none.
     with_mask = pool[has_mask[pool]]
     if {CANCER, NORMAL} - {*label[with_mask].tolist()}:
-        finding = "the training tiles that have a mask are of one class alone, or none"
-        raise DataError(f"{finding}; outline tumour, and draw a roi that holds normal tissue too")
+        finding = "the training tiles with a mask are of one class alone, or there is none"
+        cure = "outline tumour, with normal tissue in the roi too, or take a smaller --tile"
+        raise DataError(f"{finding}; {cure}")
     masks = nested(tiles.table, with_mask, label_unit, pixel_frac, (seed, 2))
     labels = nested(tiles.table, pool[label[pool] != AMBIGUOUS], "tile", image_frac, (seed, 3))
     return pool, masks, labels if image_frac else labels[:0]

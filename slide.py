@@ -23,15 +23,14 @@ from PIL import Image
 
 # Groups of an annotation, in lower case -> the kind of their shapes. "normal" is CAMELYON17's name
 # for holes in tumour; an image-level label for normal tissue is "normal region".
-KINDS = dict.fromkeys(("_0", "_1", "tumor", "metastases"), "tumour")
+KINDS = dict.fromkeys(("_0", "_1", "tumor", "tumour", "metastases"), "tumour")
 KINDS |= dict.fromkeys(("_2", "exclusion", "normal"), "exclusion")
 REGIONS = "roi", "cancer region", "normal region"  # outlined in full inside; image-level labels
 KINDS |= {name: name for name in REGIONS}
 # Deviation: the paper names CAMELYON17; here it is 16, because only 16 has 110 tumour slides.
 AREAS = {"Polygon", "Spline", "Rectangle"}  # not Dot, PointSet, None (a ruler)
-# One level of a slide. Sizes are px of this level, `downsample` is level-0 px per px (a power of
-# two). `offsets` and `counts` place each JPEG block in the file (0 bytes = absent, background);
-# `tables` are the JPEG tables that all blocks share; `colours` is "RGB" or "YCbCr".
+# One level of a slide: sizes in its px, level-0 px per px (a power of two), place of each JPEG block
+# in the file (0 bytes = absent, background), JPEG tables that all share, "RGB" or "YCbCr".
 Level = namedtuple("Level", "width height downsample block_w block_h offsets counts tables colours")
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # Slide raises its own errors
@@ -180,9 +179,9 @@ class Slide:
 
 
 def um_per_px(page, text):
-    """um per px of a TIFF page as OpenSlide reads it, and a second value to compare; None without.
+    """um per px of a TIFF page, from its description `text` (Aperio, Philips) or resolution tags.
 
-    Aperio and Philips write it into the description, `text`; others into XResolution, YResolution.
+    As OpenSlide reads it, and a second value to compare; None for what is not there.
     """
     number, values = r"\+?([\d.,]+(?:[eE][+-]?\d+)?)", []
     if aperio := re.search(r"\bMPP\s*=\s*" + number, text):
@@ -275,7 +274,7 @@ def read_shapes(path):
                 if group not in KINDS and parents.get(group, "none") != "none":
                     group = parents[group]
             if shape in AREAS and group not in (*KINDS, "none"):
-                raise ValueError(f"group {group!r} is neither tumour, exclusion nor region")
+                raise ValueError(f"group {group!r} is none of {', '.join(KINDS)}")
             shapes.append((coordinates(node), KINDS.get(group), shape))
         return shapes
     except (OSError, ElementTree.ParseError, LookupError, TypeError, ValueError) as error:
@@ -308,6 +307,9 @@ def read_annotation(path, size=(1e7, 1e7)):
     if skipped and "tumour" not in annotation.rings and ("roi" in annotation.rings or not regions):
         cure = "give outlines a group in ASAP, or delete all shapes if the slide is normal"
         raise DataError(f"{path}: no outline of tumour can be used ({listed}); {cure}")
+    if [*annotation.rings] == ["exclusion"]:
+        cure = "a box of normal tissue is a 'normal region'; of a normal slide delete all shapes"
+        raise DataError(f"{path}: holes (group normal, exclusion or _2) but no tumour; {cure}")
     if skipped:
         warn(f"{path}: skipped {listed}; mend them in ASAP if they are outlines")
     unused = 0

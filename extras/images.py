@@ -310,6 +310,7 @@ def main(argv=None):
     unmasked = Counter(label for _, _, mask, label, _, _ in jobs if not mask)
     kinds = f"{len(values_of)} outlined, {unmasked['cancer']} cancer, {unmasked['normal']} normal"
     print(f"{len(jobs)} slides are in {args.out}: {kinds}")
+    print(f"train: python train.py --data {args.out} --pixel-frac 1 --mpp {args.mpp:g} --tile SIDE")
 
 
 if __name__ == "__main__":

@@ -505,7 +505,7 @@ def test_an_xml_without_tumour_is_none_of_a_slide_with_tumour(tmp_path, seed):
 
 def test_slides_that_camelyon16_has_withdrawn_are_named(tmp_path, capsys):
     found(touch(tmp_path, "normal_086.tif", "test_049.tif", "test_049.xml", "t.tif", "t.xml"))
-    assert "2 slides were withdrawn" in capsys.readouterr().err
+    assert "2 slides are withdrawn" in capsys.readouterr().err
 
 
 def test_predictions_are_never_taken_for_annotations(tmp_path):

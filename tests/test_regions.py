@@ -317,6 +317,13 @@ def test_a_region_without_area_or_off_the_slide_never_makes_the_slide_outlined_i
     assert "a.xml: skipped 1 Rectangle" in capsys.readouterr().err
 
 
+def test_a_box_of_group_normal_is_not_a_normal_slide(tmp_path):
+    """It is a hole in no tumour: the whole slide was trained as normal, tumour and all."""
+    path = write_xml(tmp_path / "a.xml", ("normal", "Rectangle", SQUARE))
+    line = one_line_of(*call(lambda _: read_annotation(path)))
+    assert "a.xml: holes" in line and "normal region" in line
+
+
 def test_a_roi_whose_outlines_cannot_be_used_is_refused(tmp_path):
     """Its tumour would be normal tissue; boxes alone lose nothing."""
     dot = ("_0", "Dot", SQUARE[:1])
