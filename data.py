@@ -32,6 +32,8 @@ NO_SLIDES = "_mask", "_likelihood_map"  # ends of stems: CAMELYON16's masks, pre
 TISSUE_SHARE, CANCER_SHARE = 0.1, 0.05  # less tissue: dropped; more tumour: labelled cancer
 COVERED = 0.5  # a tile has a mask, or a region's label, if at least this share of it is inside
 CANCER, NORMAL, AMBIGUOUS = 1, 0, -1  # image-level labels; AMBIGUOUS never trains the head
+# Deviation: the paper names CAMELYON17; here it is 16, because only 16 has 110 tumour slides.
+
 # CAMELYON16 slides on which not every metastasis is outlined, or withdrawn, by its authors' lists.
 NUMBERS = 10, 15, 18, 20, 25, 29, 33, 34, 44, 46, 51, 54, 55, 56, 67, 79, 85, 92, 95, 110
 INCOMPLETE = {f"tumor_{n:03}" for n in NUMBERS} | {"test_114", "normal_086", "test_049"}

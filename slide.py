@@ -27,10 +27,9 @@ KINDS = dict.fromkeys(("_0", "_1", "tumor", "tumour", "metastases"), "tumour")
 KINDS |= dict.fromkeys(("_2", "exclusion", "normal"), "exclusion")
 REGIONS = "roi", "cancer region", "normal region"  # outlined in full inside; image-level labels
 KINDS |= {name: name for name in REGIONS}
-# Deviation: the paper names CAMELYON17; here it is 16, because only 16 has 110 tumour slides.
 AREAS = {"Polygon", "Spline", "Rectangle"}  # not Dot, PointSet, None (a ruler)
-# One level of a slide: sizes in its px, level-0 px per px (a power of two), place of each JPEG block
-# in the file (0 bytes = absent, background), JPEG tables that all share, "RGB" or "YCbCr".
+# One level of a slide: sizes in its px, level-0 px per px (a power of two), where each JPEG block
+# is in the file (0 bytes = absent, background), JPEG tables that all share, "RGB" or "YCbCr".
 Level = namedtuple("Level", "width height downsample block_w block_h offsets counts tables colours")
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # Slide raises its own errors
