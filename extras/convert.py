@@ -171,7 +171,8 @@ def convert(path, classes):
         cure = "mend it where it was drawn, export it again"
         raise DataError(f"{path}: {error}; {cure}") from None
     if all(kind == "exclusion" for _, kind in shapes):
-        warn(f"{path}: no tumour and no region, so training will take the slide for normal")
+        what = "refuse holes alone" if shapes else "take the slide for normal"
+        warn(f"{path}: no tumour and no region, so training will {what}")
     return shapes
 
 
