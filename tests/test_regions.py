@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from jobs import TINY, call, checkpoint_of, ok, one_line_of
+from jobs import QUICK, call, checkpoint_of, ok, one_line_of
 from test_data import SQUARE, write_xml
 
 import data
@@ -52,7 +52,7 @@ def test_masks_of_whole_slides_and_boxes_for_the_others_train_as_the_simulation_
         outline.write_annotation(
             xml, [(s, "tumour") for s in squares] if "normal" not in path.name else []
         )
-    flags = [*TINY, "--seed", 3]
+    flags = [*QUICK, "--seed", 3]
     simulated = ["--data", tmp_path / "all", "--label-unit", "slide", "--pixel-frac", 0.3]
     ok(train.main, *simulated, "--out", tmp_path / "a", *flags)
     rows = tiles_csv(tmp_path / "a")
@@ -223,7 +223,7 @@ def few_outlined_many_boxed(slides, folder, test_too=True):
 
 def test_a_few_masks_and_many_boxes_train(slides, tmp_path):
     folder = few_outlined_many_boxed(slides, tmp_path / "slides")
-    argv = ["--data", folder, "--out", tmp_path / "r", "--pixel-frac", 1, *TINY]
+    argv = ["--data", folder, "--out", tmp_path / "r", "--pixel-frac", 1, *QUICK]
     ok(train.main, *argv, "--pretrain", "labels", "--seg-loss", "fw")
     rows = tiles_csv(tmp_path / "r")
     masks = {row["slide"][-5] for row in rows if row["mask_used"] == "True"}
@@ -237,13 +237,13 @@ def test_a_few_masks_and_many_boxes_train(slides, tmp_path):
 def test_the_compared_methods_train_on_them_too(slides, tmp_path, method):
 
     folder = few_outlined_many_boxed(slides, tmp_path / "slides")
-    argv = [method, "--data", folder, "--out", tmp_path / "r", "--pixel-frac", 1, *TINY]
+    argv = [method, "--data", folder, "--out", tmp_path / "r", "--pixel-frac", 1, *QUICK]
     ok(baselines.main, *argv, "--epochs", 1, "--pretrain-epochs", 0)
 
 
 def test_a_test_set_without_masks_is_said_and_still_scores_the_labels(slides, tmp_path):
     folder = few_outlined_many_boxed(slides, tmp_path / "slides", test_too=False)
-    argv = ["--data", folder, "--out", tmp_path / "r", "--pixel-frac", 1, *TINY]
+    argv = ["--data", folder, "--out", tmp_path / "r", "--pixel-frac", 1, *QUICK]
     status, out, err = call(train.main, *argv)
     assert status == 0 and "no test tile with tumour has a mask" in err and "roi" in err
     results = json.loads((tmp_path / "r/results.json").read_text())
@@ -255,7 +255,7 @@ def test_without_any_mask_to_train_on_there_is_one_line(slides, tmp_path):
     folder = few_outlined_many_boxed(slides, tmp_path / "slides")
     for xml in folder.glob("train/*00[01].xml"):
         outline.write_annotation(xml, [(box(256, 256, 256, 128), "cancer region")])
-    argv = ["--data", folder, "--out", tmp_path / "r", *TINY]
+    argv = ["--data", folder, "--out", tmp_path / "r", *QUICK]
     assert "mask" in one_line_of(*call(train.main, *argv))
 
 
