@@ -51,5 +51,5 @@ def few(slides, tmp_path_factory):
 def run(slides, tmp_path_factory):
     """A run that is long enough to learn -> its folder, what it printed."""
     folder = tmp_path_factory.mktemp("run") / "a"
-    flags = "--tile 64 --mpp 1 --width 8 --lr 1e-2 --epochs 3 --pixel-frac 1 --device cpu".split()
+    flags = "--tile 64 --mpp 1 --width 8 --lr 1e-2 --epochs 2 --pixel-frac 1 --device cpu".split()
     return folder, jobs.ok(train.main, "--data", slides, "--out", folder, *flags)
