@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from jobs import QUICK, assert_equal_runs, checkpoint_of, start
+from jobs import TINY, assert_equal_runs, checkpoint_of, start
 
 import data
 import evaluate
@@ -42,7 +42,7 @@ def finish(process, status=0):
 @pytest.fixture(scope="module")
 def whole(few, tmp_path_factory):
     """A run that nothing interrupts -> its folder and the flags that it had."""
-    flags = ["--data", few, *QUICK, "--epochs", EPOCHS]
+    flags = ["--data", few, *TINY, "--epochs", EPOCHS]
     folder = tmp_path_factory.mktemp("whole") / "r"
     finish(start("train.py", *flags, "--out", folder))
     return folder, flags
@@ -138,7 +138,7 @@ def test_odd_names_go_all_the_way(slides, tmp_path):
             path.with_suffix(".xml").rename(path.with_name(f"{name}.xml"))
             path.rename(path.with_name(f"{name}.tif"))
     env = {"env": os.environ | {"LC_ALL": "C"}}
-    finish(start("train.py", "--data", folder, *QUICK, "--out", out, **env))
+    finish(start("train.py", "--data", folder, *TINY, "--out", out, **env))
     finish(start("evaluate.py", "--ckpt", out / "last.pt", **env))
     tests = sorted((folder / "test").glob("*.tif"))
     job = ["-m", "extras.predict", "--ckpt", out / "last.pt", "--out", tmp_path / "p", *tests]
