@@ -13,6 +13,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "--tile 64 --mpp 1 --width 8 --lr 3e-3 --epochs 2 --pretrain-epochs 1 --device cpu".split()
+QUICK = ["--tile", "32", "--mpp", "2", *TINY[4:]]  # the same tiles in a quarter of the pixels
 NOISE = ("usage: ", "warning: ", "Downloading: ")  # beside an error: argparse's, ours, torch's
 
 

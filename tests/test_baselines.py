@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from jobs import TINY, call, ok, one_line_of
+from jobs import QUICK, call, ok, one_line_of
 
 import data
 import evaluate
@@ -87,7 +87,7 @@ def test_each_method_learns_from_a_few_masks_and_many_labels(method, steps):
 
 def test_methods_are_compared_on_the_same_tiles_after_as_many_steps(few, tmp_path, steps):
     """Only then do the tables compare methods. What a run wrote can be loaded and scored again."""
-    flags = ["--data", few, *TINY, "--pixel-frac", 0.5]
+    flags = ["--data", few, *QUICK, "--pixel-frac", 0.5]
     ok(train.main, *flags, "--out", tmp_path / "ours")
     ours, used = len(steps), (tmp_path / "ours/tiles.csv").read_text()
     keys = json.loads((tmp_path / "ours/results.json").read_text()).keys()
@@ -117,7 +117,7 @@ def test_the_learning_rate_of_mil_is_five_times_the_default(few, tmp_path, monke
     def tell(args, *_):
         raise DataError(f"{args.lr:g}")
 
-    scale = "--data", few, *TINY[:4], "--out", tmp_path
+    scale = "--data", few, *QUICK[:4], "--out", tmp_path
     for method, factor in (("mil", 5), ("multitask", 1)):
         monkeypatch.setitem(baselines.METHODS, method, tell)
         for flags in ([], ["--lr", "0.1"], ["--lr=0.1"]):
@@ -126,7 +126,7 @@ def test_the_learning_rate_of_mil_is_five_times_the_default(few, tmp_path, monke
 
 
 def test_what_no_method_has_is_refused_in_a_line(few, tmp_path):
-    here = "--data", few, *TINY, "--out", tmp_path / "r"
+    here = "--data", few, *QUICK, "--out", tmp_path / "r"
     for argv, said in (
         (("mil", *here, "--image-frac", 0), "--image-frac"),
         (("ours", *here), "choose from"),

@@ -801,3 +801,15 @@ def test_slides_are_never_drawn_over_a_folder_that_exists(tmp_path):
     with pytest.raises(DataError, match="exists"):
         synthetic.make(tmp_path)
     assert (tmp_path / "mine.tif").exists()
+
+
+def test_slides_are_drawn_in_other_processes_and_the_same_each_time(tmp_path):
+    """All other tests draw theirs in threads, where what cannot be sent to a process works too."""
+    pairs = [synthetic.make(tmp_path / name, train=1, test=1, side=256) for name in "ab"]
+    one, two = ([p for p in sorted(folder.rglob("*")) if p.is_file()] for folder in pairs)
+    assert [p.relative_to(pairs[0]).as_posix() for p in one if p.suffix == ".tif"] == [
+        "test/synthetic_001.tif",
+        "train/synthetic_000.tif",
+    ]
+    assert [p.read_bytes() for p in one] == [p.read_bytes() for p in two]
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "b"}

@@ -17,7 +17,7 @@ from PIL import Image
 
 import data
 import evaluate
-from extras import outline, predict, pyramid, synthetic
+from extras import convert, outline, predict, pyramid, synthetic
 from slide import Annotation, Slide, read_annotation
 
 ENDS = ("_likelihood_map.tif", "_pred.xml", ".geojson", ".png")
@@ -215,7 +215,7 @@ def test_simplified_outlines_are_near_the_exact_ones(run, slides, predicted, tmp
     assert corners[1] < corners[0] / 2
     a, b = (annotation.mask(0, 0, 384, 384, 2).astype(bool) for annotation in (exact, fewer))
     assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.9
-    assert size_of(tmp_path, path, ".geojson") < size_of(predicted, path, ".geojson") / 2
+    assert size_of(tmp_path, path, ".geojson") < 0.7 * size_of(predicted, path, ".geojson")
     (row,) = table(tmp_path)
     assert row["simplify"] == "2" and float(row["tumour_mm2"]) * 1e6 == pytest.approx(b.sum())
 
@@ -249,9 +249,8 @@ def size_of(folder, path, end):
     return (folder / f"{path.stem}{end}").stat().st_size
 
 
-def test_areas_and_diameters_are_in_the_um_of_the_slide(run, tmp_path):
-    picture, _ = synthetic.draw_slide(np.random.default_rng((0, 0)), 768)  # is in train/
-    picture = np.asarray(Image.fromarray(picture).reduce(2))
+def test_areas_and_diameters_are_in_the_um_of_the_slide(run, slides, tmp_path):
+    picture = Slide(slides / "train/synthetic_000.tif").read(1, 0, 0, 384, 384)
     synthetic.write_slide(tmp_path / "s", picture, [], mpp=0.8)
     predict_all(run, tmp_path, tmp_path / "s.tif")
     (row,), mask = table(tmp_path), page(tmp_path / "s_likelihood_map.tif") >= 128
@@ -306,27 +305,24 @@ def test_a_slide_that_fails_is_named_and_the_others_finish(run, slides, tmp_path
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"slides.csv"} | names
 
 
-@pytest.mark.parametrize("where", ["convert.write", "outline.write_annotation"])
 def test_an_interrupted_run_leaves_nothing_half_written_and_goes_on(
-    run, slides, predicted, tmp_path, monkeypatch, where
+    run, slides, predicted, tmp_path, monkeypatch
 ):
+    """Interrupted twice in the second slide: at its .geojson, and at its XML, which comes last."""
     paths, out = sorted(slides.glob("test/*.tif")), tmp_path / "out"
-    module, name = where.split(".")
-    module, calls = getattr(predict, module), []
-    real = getattr(module, name)
-
-    def stopped(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        real(*args)
-
-    monkeypatch.setattr(module, name, stopped)
-    with pytest.raises(KeyboardInterrupt):
-        call(predict.main, *flags(run, out), *paths[:2])
-    monkeypatch.undo()
     names = {f"{paths[0].stem}{end}" for end in ENDS}
-    assert {path.name for path in out.iterdir()} == names | {"slides.csv"}
+    for module, name in (convert, "write"), (outline, "write_annotation"):
+
+        def stopped(path, *args, real=getattr(module, name)):
+            if paths[1].stem in path.name:
+                raise KeyboardInterrupt
+            real(path, *args)
+
+        monkeypatch.setattr(module, name, stopped)
+        with pytest.raises(KeyboardInterrupt):
+            call(predict.main, *flags(run, out), *paths[:2])
+        monkeypatch.undo()
+        assert {path.name for path in out.iterdir()} == names | {"slides.csv"}
     before = (out / f"{paths[0].stem}.png").stat().st_mtime_ns
     assert f"{paths[0]}: done before" in predict_all(run, out, *paths[:2])
     assert (out / f"{paths[0].stem}.png").stat().st_mtime_ns == before
@@ -411,29 +407,32 @@ def large_slide(path, side):
             tables, patch = synthetic.jpeg_tiles(picture.reduce(2**level))
             rows = np.array([*patch, None], object)[:-1].reshape(2 * [int(len(patch) ** 0.5)])
             blocks = np.full((across, across), b"", object)
-            for at in 0, 64 >> level:  # and far off, from 16384 px
+            for at in 0, 32 >> level:  # and far off, from 8192 px
                 blocks[at : at + len(rows), at : at + len(rows)] = rows
             yield size, size, tables, blocks.ravel().tolist()
 
     synthetic.write_pages(path, pages(), 1)
 
 
-def test_memory_stays_flat_on_a_slide_of_18000_px(run, tmp_path):
-    """324 megapixels of probability and weights would take 2.6 GB as float32."""
-    large_slide(tmp_path / "large.tif", 18_000)
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says it there")
+def test_memory_stays_flat_on_a_slide_of_9000_px(run, tmp_path):
+    """81 megapixels of probability and weights would take 648 MB as float32."""
+    large_slide(tmp_path / "large.tif", 9_000)
+    # Not ru_maxrss: after a fork it begins with the peak of the process that runs the tests.
     code = (
-        "import resource, sys; from extras import predict; predict.main(sys.argv[1:]); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+        "import re, sys; from extras import predict\n"
+        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+        "before = peak(); predict.main(sys.argv[1:]); print((peak() - before) // 1024)"
     )
     argv = [sys.executable, "-c", code, *flags(run, tmp_path / "out"), tmp_path / "large.tif"]
     root = Path(predict.__file__).parents[1]
     done = subprocess.run(list(map(str, argv)), capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
     line, peak = done.stdout.splitlines()
-    assert "windows" in line and int(peak) < 900, done.stdout
+    assert "windows" in line and int(peak) < 250, done.stdout
     strips = list(pyramid.read_strips(tmp_path / "out/large_likelihood_map.tif"))
-    assert sum(map(len, strips)) == strips[0].shape[1] == 18_000
-    assert strips[1].any() and strips[65].any() and not strips[40].any()
+    assert sum(map(len, strips)) == strips[0].shape[1] == 9_000
+    assert strips[1].any() and strips[33].any() and not strips[20].any()
 
 
 def test_the_map_of_an_odd_slide_divides_its_sides_as_asap_does(run, tmp_path):

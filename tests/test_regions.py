@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from jobs import TINY, call, checkpoint_of, ok, one_line_of
+from jobs import QUICK, call, checkpoint_of, ok, one_line_of
 from test_data import SQUARE, write_xml
 
 import data
@@ -52,7 +52,7 @@ def test_masks_of_whole_slides_and_boxes_for_the_others_train_as_the_simulation_
         outline.write_annotation(
             xml, [(s, "tumour") for s in squares] if "normal" not in path.name else []
         )
-    flags = [*TINY, "--seed", 3]
+    flags = [*QUICK, "--seed", 3]
     simulated = ["--data", tmp_path / "all", "--label-unit", "slide", "--pixel-frac", 0.3]
     ok(train.main, *simulated, "--out", tmp_path / "a", *flags)
     rows = tiles_csv(tmp_path / "a")
@@ -207,8 +207,8 @@ def test_the_same_annotation_of_asap_and_of_qupath_gives_the_same_table(slides, 
 
 
 def few_outlined_many_boxed(slides, folder, test_too=True):
-    """Two training slides have a roi, the others a cancer and a normal box -> `folder`."""
-    for path in sorted(slides.rglob("synthetic*.tif")):
+    """Two training slides have a roi, two a cancer and a normal box; one to test -> `folder`."""
+    for path in sorted(slides.rglob("synthetic_00[01238].tif")):
         xml = link(path, folder / path.parent.name)
         rings = read_annotation(path.with_suffix(".xml")).rings
         shapes = [(xy, kind) for kind, some in rings.items() for xy in some]
@@ -223,27 +223,26 @@ def few_outlined_many_boxed(slides, folder, test_too=True):
 
 def test_a_few_masks_and_many_boxes_train(slides, tmp_path):
     folder = few_outlined_many_boxed(slides, tmp_path / "slides")
-    argv = ["--data", folder, "--out", tmp_path / "r", "--pixel-frac", 1, *TINY]
+    argv = ["--data", folder, "--out", tmp_path / "r", "--pixel-frac", 1, *QUICK]
     ok(train.main, *argv, "--pretrain", "labels", "--seg-loss", "fw")
     rows = tiles_csv(tmp_path / "r")
     masks = {row["slide"][-5] for row in rows if row["mask_used"] == "True"}
     labels = {row["slide"][-5] for row in rows if row["label_used"] == "True"}
-    assert masks == {"0", "1"} and {"2", "3", "4"} < labels
+    assert masks == {"0", "1"} and labels == {"0", "1", "2", "3"}
     results = json.loads((tmp_path / "r/results.json").read_text())
     assert 0 <= results["dsc"] <= 1 and 0 <= results["accuracy"] <= 1
 
 
 @pytest.mark.parametrize("method", ["multitask", "mil"])  # transfer has our steps
 def test_the_compared_methods_train_on_them_too(slides, tmp_path, method):
-
     folder = few_outlined_many_boxed(slides, tmp_path / "slides")
-    argv = [method, "--data", folder, "--out", tmp_path / "r", "--pixel-frac", 1, *TINY]
+    argv = [method, "--data", folder, "--out", tmp_path / "r", "--pixel-frac", 1, *QUICK]
     ok(baselines.main, *argv, "--epochs", 1, "--pretrain-epochs", 0)
 
 
 def test_a_test_set_without_masks_is_said_and_still_scores_the_labels(slides, tmp_path):
     folder = few_outlined_many_boxed(slides, tmp_path / "slides", test_too=False)
-    argv = ["--data", folder, "--out", tmp_path / "r", "--pixel-frac", 1, *TINY]
+    argv = ["--data", folder, "--out", tmp_path / "r", "--pixel-frac", 1, *QUICK]
     status, out, err = call(train.main, *argv)
     assert status == 0 and "no test tile with tumour has a mask" in err and "roi" in err
     results = json.loads((tmp_path / "r/results.json").read_text())
@@ -255,7 +254,7 @@ def test_without_any_mask_to_train_on_there_is_one_line(slides, tmp_path):
     folder = few_outlined_many_boxed(slides, tmp_path / "slides")
     for xml in folder.glob("train/*00[01].xml"):
         outline.write_annotation(xml, [(box(256, 256, 256, 128), "cancer region")])
-    argv = ["--data", folder, "--out", tmp_path / "r", *TINY]
+    argv = ["--data", folder, "--out", tmp_path / "r", *QUICK]
     assert "mask" in one_line_of(*call(train.main, *argv))
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from jobs import (
+    QUICK,
     ROOT,
-    TINY,
     assert_equal_runs,
     call,
     checkpoint_of,
@@ -35,7 +35,7 @@ from extras import synthetic
 from model import Network
 from slide import Slide
 
-SMALL = TINY[: TINY.index("--epochs")] + TINY[TINY.index("--device") :]  # epochs as they come
+SMALL = QUICK[: QUICK.index("--epochs")] + QUICK[QUICK.index("--device") :]  # epochs as they come
 
 
 def after(count, function, surprise):
@@ -65,17 +65,17 @@ test_tiles.__test__ = False
 # ------------------------------------------------------------------------------------ a whole run
 
 
-def test_the_whole_job_learns(run, many):
+def test_the_whole_job_learns(run, slides):
     """Better than an answer that needs no eyes (all tumour), and than the net before training."""
     results = json.loads((run[0] / "results.json").read_text())
-    tiles, rows, args = test_tiles(many)
+    tiles, rows, args = test_tiles(slides)
     share = tiles.table["tumour"][rows].mean()
     torch.manual_seed(0)
     counts = evaluate.count(Network(8), tiles, rows, args)
     untrained = evaluate.summarise(tiles, rows, counts)["dsc"]
     floor = max(2 * share / (1 + share), untrained)
-    assert results["dsc"] > max(0.5, floor + 0.2), (results["dsc"], floor)
-    assert results["accuracy"] > 0.7
+    assert results["dsc"] > max(0.9, floor + 0.2), (results["dsc"], floor)
+    assert results["accuracy"] > 0.85
 
 
 def test_a_run_leaves_what_the_readme_says(run):
@@ -85,7 +85,7 @@ def test_a_run_leaves_what_the_readme_says(run):
     checkpoint = checkpoint_of(folder)
     assert set(checkpoint) == {"model", "optimizer", "iteration", "fingerprint", "args"}
     lines = log_of(folder)
-    assert [line["epoch"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [line["epoch"] for line in lines] == [1, 2]
     assert "loss_cls" not in lines[0] and "loss_cls" in lines[1]  # pre-training, then both
     printed = [line for line in out.splitlines() if line.startswith("epoch ")]
     for line, text in zip(lines, printed, strict=True):  # one line of the screen is one of the log
@@ -97,13 +97,13 @@ def test_a_run_leaves_what_the_readme_says(run):
     assert f"python evaluate.py --ckpt {folder / 'last.pt'}" in out and "\r" not in out
 
 
-def test_pictures_show_tile_truth_in_green_and_prediction_in_yellow(run, many):
+def test_pictures_show_tile_truth_in_green_and_prediction_in_yellow(run, slides):
     """Masks beside tiles need matching by eye: outlines lie on the tissue itself."""
     pictures = {p.name: np.asarray(Image.open(p)) for p in (run[0] / "pictures").iterdir()}
     assert set(pictures) == {"best.png", "median.png", "worst.png"}
     assert pictures["best.png"].shape == (4 * 72, 3 * 72, 3)
     tile, truth, found = (pictures["best.png"][4:68, 72 * n + 4 : 72 * n + 68] for n in range(3))
-    tiles, rows, _ = test_tiles(many)
+    tiles, rows, _ = test_tiles(slides)
     (row,) = (r for r in rows.tolist() if np.array_equal(tiles[r, 0][0].permute(1, 2, 0), tile))
     inside = np.pad(tiles[row, 0][1].numpy(), 1, mode="edge")
     for y in range(64):
@@ -120,15 +120,15 @@ def test_each_part_is_moved_by_its_own_step_alone(run):
     state = checkpoint_of(run[0])["optimizer"]["state"]
     names = [name.split(".")[0] for name, _ in Network(8).named_parameters()]
     steps = {name: int(state[n]["step"]) for n, name in enumerate(names)}
-    once = checkpoint_of(run[0])["iteration"] // 5
-    assert steps == {"classifier": 4 * once, "convs": 9 * once, "esps": 9 * once} | {
-        name: 5 * once for name in ("psps", "ups", "fuses", "head")
+    once = checkpoint_of(run[0])["iteration"] // 2
+    assert steps == {"classifier": once, "convs": 3 * once, "esps": 3 * once} | {
+        name: 2 * once for name in ("psps", "ups", "fuses", "head")
     }
 
 
-def test_bn_statistics_are_means_over_batches_of_the_mask_tiles(run, many):
+def test_bn_statistics_are_means_over_batches_of_the_mask_tiles(run, slides):
     """With running means, DSC after alternation was up to .39 lower than with these."""
-    tiles, _, _ = test_tiles(many)
+    tiles, _, _ = test_tiles(slides)
     _, rows, _ = data.choose_labels(tiles, 1, 1)
     model, count = Network(8), -(-len(rows) // 8)
     model.load_state_dict(checkpoint_of(run[0])["model"])
@@ -166,7 +166,7 @@ def test_no_number_is_waited_for_but_where_a_line_is_logged(few, tmp_path, monke
     names = ("item", "tolist", "cpu", "numpy", "nonzero")
     for name in (*names, "__float__", "__int__", "__bool__", "__index__"):
         monkeypatch.setattr(torch.Tensor, name, watched(name))
-    ok(train.main, "--data", few, "--out", tmp_path / "r", *TINY)
+    ok(train.main, "--data", few, "--out", tmp_path / "r", *QUICK)
     assert {logged for _, logged in at} == {True}, at
     assert len(at) == 3 + 5  # sums of an epoch of step 1, of one of both
 
@@ -226,7 +226,7 @@ def test_the_command_of_the_readme_runs(few, tmp_path, monkeypatch):
 def whole(few, tmp_path_factory):
     """Three epochs without an interruption -> folder."""
     folder = tmp_path_factory.mktemp("whole") / "r"
-    ok(train.main, "--data", few, "--out", folder, *TINY, "--epochs", 3)
+    ok(train.main, "--data", few, "--out", folder, *QUICK, "--epochs", 3)
     return folder
 
 
@@ -234,14 +234,16 @@ def whole(few, tmp_path_factory):
 def test_a_run_resumed_at_an_epochs_end_equals_an_uninterrupted_one(few, whole, tmp_path, workers):
     """Bit for bit, in pre-training and behind it, whoever reads the tiles."""
     half, save = tmp_path / "half", train.save
-    argv = ["--data", few, "--out", half, *TINY, "--epochs", 3, "--workers", workers]
-    for epoch in (1, 2):
+    argv = ["--data", few, "--out", half, *QUICK, "--epochs", 3, "--workers", workers]
+    done = 0
+    for epoch in (2,) if workers else (1, 2):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "save", after(2, save, lambda: sys.exit("stopped")))
+            stop = after(1 + epoch - done, save, lambda: sys.exit("stopped"))
+            patch.setattr(train, "save", stop)
             assert one_line_of(*call(train.main, *argv)) == "stopped"
         assert checkpoint_of(half)["iteration"] * 3 == checkpoint_of(whole)["iteration"] * epoch
         assert not (half / "results.json").exists()
-        argv = ["--resume", half / "last.pt", "--workers", workers]
+        argv, done = ["--resume", half / "last.pt", "--workers", workers], epoch
     assert "going on after epoch 2 of 3" in ok(train.main, *argv)
     assert_equal_runs(whole, half)
     if not workers:
@@ -260,7 +262,7 @@ def test_a_run_with_labels_first_resumes_bit_for_bit_and_each_step_takes_its_bat
         return read(rows, batch_size, seed, first, last)
 
     monkeypatch.setattr(data, "batches", watched)
-    argv = ["--data", few, *TINY[: TINY.index("--epochs")], "--epochs", 3, "--device", "cpu"]
+    argv = ["--data", few, *QUICK[: QUICK.index("--epochs")], "--epochs", 3, "--device", "cpu"]
     argv += ["--pretrain", "labels", "--out"]
     ok(train.main, *argv, tmp_path / "whole")
     once = checkpoint_of(tmp_path / "whole")["iteration"] // 3
@@ -283,7 +285,7 @@ def test_a_run_killed_within_a_long_epoch_goes_on_from_there(few, whole, tmp_pat
     monkeypatch.setattr(train, "SAVE_EVERY", 0)
     stop = after(once + 4, train.save, lambda: sys.exit("stopped"))  # the first is at iteration 0
     monkeypatch.setattr(train, "save", stop)
-    argv = ["--data", few, "--out", tmp_path / "r", *TINY, "--epochs", 3]
+    argv = ["--data", few, "--out", tmp_path / "r", *QUICK, "--epochs", 3]
     assert one_line_of(*call(train.main, *argv)) == "stopped"
     monkeypatch.undo()
     assert checkpoint_of(tmp_path / "r")["iteration"] == once + 3
@@ -325,7 +327,7 @@ def test_the_loops_workers_end_before_tiles_are_scored(few, tmp_path, monkeypatc
         return count(*args)
 
     monkeypatch.setattr(evaluate, "count", watched)
-    ok(train.main, "--data", few, "--out", tmp_path / "r", *TINY, "--workers", 1)
+    ok(train.main, "--data", few, "--out", tmp_path / "r", *QUICK, "--workers", 1)
     assert alive == [0]
 
 
@@ -350,7 +352,7 @@ def test_ctrl_c_says_how_to_go_on_and_that_command_goes_on(few, whole, tmp_path,
     epoch = checkpoint_of(whole)["iteration"] // 3 * 8  # tiles of step 1
     press = after(epoch + 30, read, lambda: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr(data.Tiles, "__getitem__", press)
-    argv = ["--data", few, "--out", half, *TINY, "--epochs", 3]
+    argv = ["--data", few, "--out", half, *QUICK, "--epochs", 3]
     line = one_line_of(*call(train.main, *argv))
     monkeypatch.undo()
     _, command = line.split(": python train.py ")
@@ -363,7 +365,7 @@ def test_ctrl_c_in_the_first_epoch_can_be_resumed_too(few, whole, tmp_path, monk
     """The checkpoint of iteration 0 is written before the first one."""
     press = after(9, data.Tiles.__getitem__, lambda: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr(data.Tiles, "__getitem__", press)
-    argv = ["--data", few, "--out", tmp_path / "r", *TINY, "--epochs", 3]
+    argv = ["--data", few, "--out", tmp_path / "r", *QUICK, "--epochs", 3]
     line = one_line_of(*call(train.main, *argv))
     monkeypatch.undo()
     ok(train.main, *shlex.split(line.split(": python train.py ")[1]))
@@ -372,10 +374,10 @@ def test_ctrl_c_in_the_first_epoch_can_be_resumed_too(few, whole, tmp_path, monk
 
 def test_ctrl_c_of_a_terminal_ends_workers_too_and_leaves_one_line(few, tmp_path):
     """It goes to all processes of the job: each worker once left a traceback of its own."""
-    flags = ["--data", few, "--out", tmp_path / "r", *TINY, "--epochs", 500, "--workers", 2]
+    flags = ["--data", few, "--out", tmp_path / "r", *QUICK, "--epochs", 500, "--workers", 2]
     process = start("train.py", *flags, "--pretrain-epochs", 0)
     for line in process.stdout:
-        if line.startswith("epoch 2"):  # the workers of both loaders are at work
+        if line.startswith("epoch "):  # the workers of both loaders are at work
             break
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -437,7 +439,7 @@ def test_bad_input_to_train_gets_a_line_and_changes_nothing(whole, few, tmp_path
         (tmp_path / "fewer/train/synthetic_003.tif").unlink()
     before = {path: path.read_bytes() for path in whole.iterdir() if path.is_file()}
     names = {"run": whole, "tmp": tmp_path}
-    argv = [] if "--resume" in flags else ["--data", few, "--out", tmp_path / "new", *TINY]
+    argv = [] if "--resume" in flags else ["--data", few, "--out", tmp_path / "new", *QUICK]
     line = one_line_of(*call(train.main, *argv, *flags.format(**names).split()))
     assert said.format(**names) in line
     assert not (tmp_path / "new").exists()
@@ -448,12 +450,12 @@ def test_bad_input_to_train_gets_a_line_and_changes_nothing(whole, few, tmp_path
 def test_a_block_damaged_in_the_file_is_named_in_one_line(few, tmp_path, workers):
     shutil.copytree(few, tmp_path / "slides")
     path = tmp_path / "slides/train/synthetic_003.tif"
-    lv = Slide(path).levels[1]
+    lv = Slide(path).levels[2]
     with path.open("r+b") as file:
         for offset, count in zip(lv.offsets, lv.counts, strict=True):
             file.seek(offset)
             file.write(bytes(min(count, 60)))
-    flags = ["--data", tmp_path / "slides", "--out", tmp_path / "r", *TINY, "--workers", workers]
+    flags = ["--data", tmp_path / "slides", "--out", tmp_path / "r", *QUICK, "--workers", workers]
     line = one_line_of(*call(train.main, *flags))
     assert line.startswith(f"error: {path}: block ") and "damaged" in line
 
@@ -469,7 +471,7 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_good_checkpoint(
         return good(*args, **options) * (float("nan") if log.read_text().count("\n") > 1 else 1)
 
     monkeypatch.setattr(loss, name, breaks)
-    argv = ["--data", few, "--out", tmp_path / "r", *TINY, "--epochs", 4, *flags.split()]
+    argv = ["--data", few, "--out", tmp_path / "r", *QUICK, "--epochs", 4, *flags.split()]
     line = one_line_of(*call(train.main, *argv))
     assert "not finite" in line and "epoch 3" in line and "--lr" in line
     checkpoint = checkpoint_of(tmp_path / "r")
@@ -547,9 +549,9 @@ def test_normal_slides_alone_have_an_accuracy_and_false_positives_but_no_dsc(run
     assert re.search(r"false positives.* \d+ px", line)
 
 
-def test_other_slides_are_scored_by_the_checkpoint_of_a_run(run, many):
-    """many/test is the run's test split; of it alone, a part is drawn to test."""
-    argv = ["--ckpt", run[0] / "last.pt", "--data", many / "test", "--split"]
+def test_other_slides_are_scored_by_the_checkpoint_of_a_run(run, slides):
+    """slides/test is the run's test split; of it alone, a part is drawn to test."""
+    argv = ["--ckpt", run[0] / "last.pt", "--data", slides / "test", "--split"]
     one, every = (ok(evaluate.main, *argv, split).splitlines()[-1] for split in ("test", "all"))
     assert every in run[1].splitlines() and one != every
 
