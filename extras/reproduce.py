@@ -25,11 +25,12 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import data
 import evaluate
 import train
+from evaluate import GREEN, YELLOW, panel
 from extras import baselines
 from extras.tables import markdown, tables
 from slide import DataError
@@ -37,8 +38,6 @@ from slide import DataError
 VARIED = "seed pixel_frac image_frac label_unit alpha beta cls_loss seg_loss pretrain".split()
 FIGURES = "dsc", "iou", "accuracy", "dsc_cancer_tiles", "slide_dsc", "seconds"
 PICTURES = {"fig5": 0.5, "fig7": 0, "fig8": 0.75, "strip": None}  # share of tumour in the tiles
-SIDE, HEAD, GAP = 224, 20, 6  # px of a panel: its tile, the text above, space to the next
-GREEN, YELLOW = (0, 200, 0), (255, 230, 0)  # truth, prediction
 
 
 def settings(run):
@@ -142,7 +141,7 @@ def read_rows(args):
 def draw(name, args):
     """A picture: tile, truth and the predictions of seed 0 for three tiles that a rule chooses.
 
-    Those nearest to a share of tumour; for strip, the quartiles of the DSC of its last column, S+C.
+    Those nearest to a share of tumour; for strip, the quartiles of the DSC of its last column.
     """
     table, models, lines = args.tables[name], {}, []
     for cell in product(table.rows, table.columns):
@@ -170,17 +169,6 @@ def draw(name, args):
             panels.append(panel(image, p.cpu() > 0.5, YELLOW, f"{row} {column}".strip()))
         lines.append(np.concatenate(panels, 1))
     return Image.fromarray(np.concatenate(lines))
-
-
-def panel(image, mask, colour, text):
-    """A tile (3, T, T) with the border of a mask (T, T), `text` above -> (h, w, 3) uint8."""
-    image = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((SIDE, SIDE))
-    mask = Image.fromarray(mask.numpy().astype(np.uint8)).resize((SIDE, SIDE), Image.NEAREST)
-    outlined = evaluate.draw_outline(np.asarray(image), mask, colour)
-    picture = Image.new("RGB", (SIDE + GAP, HEAD + SIDE + GAP), "white")
-    picture.paste(Image.fromarray(outlined), (0, HEAD))
-    ImageDraw.Draw(picture).text((0, 2), text, "black", font_size=14)
-    return np.asarray(picture)
 
 
 def parse_args(argv=None):
