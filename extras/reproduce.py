@@ -2,11 +2,13 @@
 
     python -m extras.reproduce all --list           # how many runs each has, how many are missing
     python -m extras.reproduce table4 strip --data CAMELYON16 --fractions .01 .1 1 --jobs 2
+    python -m extras.reproduce curve runs/x runs/y    # losses and DSC by epoch: curve.png in --out
 
 Names come first; flags that are not known here go to train.py, for all runs. A finished run is a
 row of runs.csv in --out: the same command goes on where it was stopped, and tables are made of
-these rows alone. Writes tableN.md, fig6.md and, of the checkpoints of seed 0, pictures. The paper's
-figures are of CAMELYON: other data can only agree in which row is ahead.
+these rows alone. Writes tableN.md, fig6.md, plots beside table4 (masks.svg) and fig6 (fig6.svg),
+and, of the checkpoints of seed 0, pictures. The paper's figures are of CAMELYON: other data can
+only agree in which row is ahead.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
@@ -31,7 +34,7 @@ import data
 import evaluate
 import train
 from evaluate import GREEN, YELLOW, panel
-from extras import baselines
+from extras import baselines, plots
 from extras.tables import markdown, tables
 from slide import DataError
 
@@ -203,6 +206,9 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["curve"]:
+        return plots.curve(argv[1:])
     args = parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # else workers go on alone
     rows, runs = read_rows(args), {name: runs_of(name, args) for name in args.names}
@@ -225,6 +231,7 @@ def main(argv=None):
             text = markdown(args.tables[name], rows, f"Paper: CAMELYON. Here: {here}, {how}.")
             Path(args.out, f"{name}.md").write_text(text, encoding="utf-8")
             print(text)
+            plots.write(name, args.out, args.tables[name], rows)
         elif runs[name] <= rows.keys():
             draw(name, args).save(Path(args.out, f"{name}.png"))
     if args.jobs and (failed := {*todo} - rows.keys()):

@@ -105,6 +105,12 @@ def tables(fractions=None):
     }
 
 
+def cell_of(table, rows, row, column):
+    """What a cell shows: {seed: value}."""
+    run, metric = table.run(row, column), table.metric or row.lower()
+    return {seed: f[metric] for (name, seed), f in rows.items() if name == run and metric in f}
+
+
 def mean_sd(cell):
     """{seed: value} -> "0.550 ± 0.071 (n = 2)": the sample's deviation; "" without values."""
     sd = f" ± {stdev(cell.values()):.3f}" if len(cell) > 1 else ""
@@ -134,14 +140,11 @@ def gap_closed(sc, s, full):
 
 def markdown(table, rows, caption):
     """A table in Markdown and its caption. `rows`: {(run, seed): {"dsc": value, ...}}."""
-
-    def cell(row, column):  # {seed: value}
-        run, metric = table.run(row, column), table.metric or row.lower()
-        return {seed: f[metric] for (name, seed), f in rows.items() if name == run and metric in f}
-
     columns, body = [*table.columns], []
     papers = columns if table.rows == BOTH else masks_on(FRACTIONS)
-    measured = {row: [cell(row, column) for column in columns] for row in table.rows}
+    measured = {
+        row: [cell_of(table, rows, row, column) for column in columns] for row in table.rows
+    }
     for row, cells in measured.items():
         if published := dict(zip(papers, PUBLISHED.get((table.title, row), "").split())):
             body.append([f"{row}, paper", *(published.get(column, "") for column in columns)])
