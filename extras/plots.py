@@ -50,7 +50,8 @@ def save(path, draw, panels, *data):
             handles, labels = axis.get_legend_handles_labels()
             lines |= dict(zip(labels, handles))
         figure.legend(lines.values(), lines, loc="outside lower center", ncols=6, frameon=False)
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        plain = {"Date": None, "Creator": None} if path.suffix == ".svg" else None
+        figure.savefig(path, metadata=plain)
 
 
 def points(axis, n, cells, label):
