@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 import data
 from model import Network
@@ -24,6 +24,8 @@ from slide import DataError
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 # Not of a run but of the machine: a run of a GPU is resumed and scored on a laptop too.
 MACHINE = {"device": DEVICES[0], "workers": 8 if DEVICES[0] == "cuda" else 0}
+SIDE, BORDER = 224, (3, 20, 3, 6)  # px of a panel: its tile (or more), left, top, right, bottom
+GREEN, YELLOW, TINT = (0, 200, 0), (255, 230, 0), 32  # truth, prediction; opacity of 255
 AS_WRITTEN = argparse.RawDescriptionHelpFormatter  # --help shows the docstring with its lines
 
 
@@ -143,28 +145,36 @@ def write_results(out, model, tiles, args, began, classes=True):
     print(headline(results))
 
 
-def draw_outline(image, mask, colour):
-    """The (h, w, 3) uint8 `image` with the border pixels of `mask` (h, w) in `colour`."""
-    m = np.pad(np.asarray(mask) > 0, 1, mode="edge")
-    inner = m[:-2, 1:-1] & m[2:, 1:-1] & m[1:-1, :-2] & m[1:-1, 2:]
-    return np.where((m[1:-1, 1:-1] & ~inner)[..., None], np.uint8(colour), image)
+def panel(image, mask, colour, text):
+    """A tile (3, T, T), a mask (T, T) tinted and outlined on it, text above -> (h, w, 3) uint8."""
+    side = max(SIDE, len(mask))
+    image = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side))
+    mask = Image.fromarray(mask.numpy()).convert("L").resize((side, side), Image.NEAREST)
+    image = ImageOps.expand(image, BORDER, "white")
+    mask = ImageOps.expand(mask, BORDER)  # 0 around it: outlined on the edge of the tile, too
+    inner = mask.filter(ImageFilter.MinFilter(5))
+    image.paste(colour, mask=Image.fromarray(np.where(inner, TINT, mask).astype(np.uint8)))
+    size = min(14, 1.8 * side / len(text))  # a long text fits, too
+    ImageDraw.Draw(image).text((BORDER[0], 2), text, "black", font_size=size)
+    return np.asarray(image)
 
 
 def write_pictures(folder, model, tiles, rows, counts, args, each=4):
-    """Tile | truth (green) | prediction (yellow) of the best, median and worst cancer tiles."""
+    """Tile | truth | prediction and its DSC, of the best, median and worst cancer tiles."""
     folder.mkdir(exist_ok=True)
     cancer = (tiles.table["label"][rows] == data.CANCER) & tiles.has_mask[rows]
-    order = np.argsort([dsc_iou(c[None])[0] for c in counts[cancer]], kind="stable")[::-1]
+    rows, dsc = rows[cancer].tolist(), [dsc_iou(c[None])[0] for c in counts[cancer]]
+    order = np.argsort(dsc, kind="stable")[::-1]
     starts = {"best": 0, "median": (len(order) - each) // 2, "worst": len(order) - each}
-    for name, start in starts.items() if cancer.any() else ():
+    for name, start in starts.items() if rows else ():
         lines = []
-        for row in rows[cancer][order[max(start, 0) :][:each]].tolist():
-            image, mask, _ = tiles[row, 0]
+        for n in order[max(start, 0) :][:each]:
+            (image, mask, _), (slide, x, y, *_) = tiles[rows[n], 0], tiles.table[rows[n]]
             tumour = predict(model, image[None].to(args.device), args.amp)[0][0].cpu() > 0.5
-            image = image.permute(1, 2, 0).numpy()
-            truth = draw_outline(image, mask == 1, (0, 200, 0))
-            panels = image, truth, draw_outline(image, tumour, (255, 230, 0))
-            lines.append(np.concatenate([np.pad(p, ((4, 4), (4, 4), (0, 0))) for p in panels], 1))
+            where = f"{Path(tiles.sources[slide].name).stem}, x {x}, y {y}"
+            line = [panel(image, mask < -1, GREEN, where), panel(image, mask == 1, GREEN, "truth")]
+            line.append(panel(image, tumour, YELLOW, f"prediction, DSC {dsc[n]:.3f}"))
+            lines.append(np.concatenate(line, 1))
         Image.fromarray(np.concatenate(lines)).save(folder / f"{name}.png")
 
 

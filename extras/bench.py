@@ -1,6 +1,6 @@
 """How fast it is on this machine: reading tiles, beside libjpeg-turbo and others; both steps.
 
-    pip install -r extras/requirements-bench.txt            # for reads
+    pip install -r extras/requirements.txt                  # for reads
     python -m extras.bench reads
     python -m extras.bench index                            # tissue and table of a large slide
     python -m extras.bench steps                            # at full scale

@@ -2,11 +2,13 @@
 
     python -m extras.reproduce all --list           # how many runs each has, how many are missing
     python -m extras.reproduce table4 strip --data CAMELYON16 --fractions .01 .1 1 --jobs 2
+    python -m extras.reproduce curve runs/x runs/y    # losses and DSC by epoch: curve.png in --out
 
 Names come first; flags that are not known here go to train.py, for all runs. A finished run is a
 row of runs.csv in --out: the same command goes on where it was stopped, and tables are made of
-these rows alone. Writes tableN.md, fig6.md and, of the checkpoints of seed 0, pictures. The paper's
-figures are of CAMELYON: other data can only agree in which row is ahead.
+these rows alone. Writes tableN.md, fig6.md, plots beside table4 (masks.svg) and fig6 (fig6.svg),
+and, of the checkpoints of seed 0, pictures. The paper's figures are of CAMELYON: other data can
+only agree in which row is ahead.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
@@ -25,20 +28,19 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import data
 import evaluate
 import train
-from extras import baselines
+from evaluate import GREEN, YELLOW, panel
+from extras import baselines, plots
 from extras.tables import markdown, tables
 from slide import DataError
 
 VARIED = "seed pixel_frac image_frac label_unit alpha beta cls_loss seg_loss pretrain".split()
 FIGURES = "dsc", "iou", "accuracy", "dsc_cancer_tiles", "slide_dsc", "seconds"
 PICTURES = {"fig5": 0.5, "fig7": 0, "fig8": 0.75, "strip": None}  # share of tumour in the tiles
-SIDE, HEAD, GAP = 224, 20, 6  # px of a panel: its tile, the text above, space to the next
-GREEN, YELLOW = (0, 200, 0), (255, 230, 0)  # truth, prediction
 
 
 def settings(run):
@@ -142,7 +144,7 @@ def read_rows(args):
 def draw(name, args):
     """A picture: tile, truth and the predictions of seed 0 for three tiles that a rule chooses.
 
-    Those nearest to a share of tumour; for strip, the quartiles of the DSC of its last column, S+C.
+    Those nearest to a share of tumour; for strip, the quartiles of the DSC of its last column.
     """
     table, models, lines = args.tables[name], {}, []
     for cell in product(table.rows, table.columns):
@@ -170,17 +172,6 @@ def draw(name, args):
             panels.append(panel(image, p.cpu() > 0.5, YELLOW, f"{row} {column}".strip()))
         lines.append(np.concatenate(panels, 1))
     return Image.fromarray(np.concatenate(lines))
-
-
-def panel(image, mask, colour, text):
-    """A tile (3, T, T) with the border of a mask (T, T), `text` above -> (h, w, 3) uint8."""
-    image = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((SIDE, SIDE))
-    mask = Image.fromarray(mask.numpy().astype(np.uint8)).resize((SIDE, SIDE), Image.NEAREST)
-    outlined = evaluate.draw_outline(np.asarray(image), mask, colour)
-    picture = Image.new("RGB", (SIDE + GAP, HEAD + SIDE + GAP), "white")
-    picture.paste(Image.fromarray(outlined), (0, HEAD))
-    ImageDraw.Draw(picture).text((0, 2), text, "black", font_size=14)
-    return np.asarray(picture)
 
 
 def parse_args(argv=None):
@@ -215,6 +206,9 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["curve"]:
+        return plots.curve(argv[1:])
     args = parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # else workers go on alone
     rows, runs = read_rows(args), {name: runs_of(name, args) for name in args.names}
@@ -237,6 +231,7 @@ def main(argv=None):
             text = markdown(args.tables[name], rows, f"Paper: CAMELYON. Here: {here}, {how}.")
             Path(args.out, f"{name}.md").write_text(text, encoding="utf-8")
             print(text)
+            plots.write(name, args.out, args.tables[name], rows)
         elif runs[name] <= rows.keys():
             draw(name, args).save(Path(args.out, f"{name}.png"))
     if args.jobs and (failed := {*todo} - rows.keys()):

@@ -33,8 +33,8 @@ PUBLISHED = {  # (title of a table, name of a row): values, "-" where a compared
 }
 S, BY_SLIDE = {"image-frac": "0"}, {"label-unit": "slide"}  # flags of train.py
 FIRST = {"pretrain": "labels"}  # step 2 alone first, then both in turn
-GROUPS = {"S": S, "S+C": {}, "S+C labels first": FIRST}
-GROUPS |= {f"{name}, masks by slide": flags | BY_SLIDE for name, flags in GROUPS.items()}
+BY_TILE = {"S": S, "S+C": {}, "S+C labels first": FIRST}
+GROUPS = BY_TILE | {f"{name}, masks by slide": f | BY_SLIDE for name, f in BY_TILE.items()}
 # Methods of extras/baselines.py: transfer learning, multi-task, multiple-instance learning.
 METHODS = {name: {"method": name} for name in ("transfer", "multitask", "mil")} | {"S+C": {}}
 # Which step comes first: none, masks, all of step 2 before all of step 1, labels.
@@ -87,6 +87,7 @@ def tables(fractions=None):
     n = {f"{100 * i:g} %": {"pixel-frac": f"{1 - 2 * i:g}", "image-frac": f"{i}"} for i in shares}
     all_methods = {"S": S} | METHODS | {"S+C labels first": FIRST}
     fig6 = {"S+C": {}, "S+C'": {"image-frac": "0.5"}, "S'+C": {"pixel-frac": "1"}}
+    strip = {f"{name} at 1 %": flags | {"pixel-frac": "0.01"} for name, flags in BY_TILE.items()}
     return {
         "table1": Table("beta", betas, BOTH),
         "table2": Table("alpha", alphas, BOTH),
@@ -100,8 +101,14 @@ def tables(fractions=None):
         "fig5": Table("", losses, ONE),
         "fig7": Table("", compared, METHODS),
         "fig8": Table("", compared, METHODS),
-        "strip": Table("", {"S at 10 %": tenth | S, "S+C at 10 %": tenth}, ONE),
+        "strip": Table("", strip, ONE),
     }
+
+
+def cell_of(table, rows, row, column):
+    """What a cell shows: {seed: value}."""
+    run, metric = table.run(row, column), table.metric or row.lower()
+    return {seed: f[metric] for (name, seed), f in rows.items() if name == run and metric in f}
 
 
 def mean_sd(cell):
@@ -133,14 +140,11 @@ def gap_closed(sc, s, full):
 
 def markdown(table, rows, caption):
     """A table in Markdown and its caption. `rows`: {(run, seed): {"dsc": value, ...}}."""
-
-    def cell(row, column):  # {seed: value}
-        run, metric = table.run(row, column), table.metric or row.lower()
-        return {seed: f[metric] for (name, seed), f in rows.items() if name == run and metric in f}
-
     columns, body = [*table.columns], []
     papers = columns if table.rows == BOTH else masks_on(FRACTIONS)
-    measured = {row: [cell(row, column) for column in columns] for row in table.rows}
+    measured = {
+        row: [cell_of(table, rows, row, column) for column in columns] for row in table.rows
+    }
     for row, cells in measured.items():
         if published := dict(zip(papers, PUBLISHED.get((table.title, row), "").split())):
             body.append([f"{row}, paper", *(published.get(column, "") for column in columns)])

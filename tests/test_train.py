@@ -101,18 +101,40 @@ def test_pictures_show_tile_truth_in_green_and_prediction_in_yellow(run, slides)
     """Masks beside tiles need matching by eye: outlines lie on the tissue itself."""
     pictures = {p.name: np.asarray(Image.open(p)) for p in (run[0] / "pictures").iterdir()}
     assert set(pictures) == {"best.png", "median.png", "worst.png"}
-    assert pictures["best.png"].shape == (4 * 72, 3 * 72, 3)
-    tile, truth, found = (pictures["best.png"][4:68, 72 * n + 4 : 72 * n + 68] for n in range(3))
+    side, (left, top, right, bottom) = evaluate.SIDE, evaluate.BORDER
+    height, width = top + side + bottom, left + side + right
+    assert pictures["best.png"].shape == (4 * height, 3 * width, 3)
+    first = pictures["best.png"][:height].reshape(height, 3, width, 3).transpose(1, 0, 2, 3)
+    assert (first[:, :top].min((1, 2, 3)) < 128).all()  # texts
+    tile, truth, found = first[:, top : top + side]
     tiles, rows, _ = test_tiles(slides)
-    (row,) = (r for r in rows.tolist() if np.array_equal(tiles[r, 0][0].permute(1, 2, 0), tile))
-    inside = np.pad(tiles[row, 0][1].numpy(), 1, mode="edge")
-    for y in range(64):
-        for x in range(64):
-            around = [inside[y + 1 + i, x + 1 + j] for i, j in ((-1, 0), (1, 0), (0, -1), (0, 1))]
-            border = inside[y + 1, x + 1] and not all(around)
-            assert truth[y, x].tolist() == ([0, 200, 0] if border else tile[y, x].tolist())
-    changed = found[(found != tile).any(2)]
-    assert len(changed) and (changed == (255, 230, 0)).all()
+    masks = [tiles[row, 0][1] == 1 for row in rows.tolist()]
+    masks = [evaluate.panel(tiles[0, 0][0] * 0, m, (255,) * 3, " ") for m in masks]
+    masks = [m[top : top + side, left:-right].any(2) for m in masks]
+    changed = (truth != tile).any(2)[:, left:-right]
+    assert any((changed == m).all() for m in masks)  # it is the truth of a test tile
+    for panel, colour in ((truth, evaluate.GREEN), (found, evaluate.YELLOW)):
+        assert (panel == colour).all(2).any()
+
+
+def test_a_mask_is_tinted_and_outlined_on_the_edge_of_its_tile_too():
+    """The best tile, all tumour, had no outline: as if nothing had been found."""
+    image, mask = torch.full((3, 256, 256), 100, dtype=torch.uint8), torch.ones(256, 256) > 0
+    mask[100, 100] = False
+    left, top, right, bottom = evaluate.BORDER
+    for text in ("x", "TCGA-BH-A0B3-01Z-00-DX1, x 102400, y 76800"):  # it is not cut off
+        panel = evaluate.panel(image, mask, evaluate.GREEN, text)
+        assert (panel[:, -right:] == 255).all() and panel[:top].min() < 128
+    tile = panel[top:-bottom, left:-right]
+    border = (tile == evaluate.GREEN).all(2)
+    for edge in (border[:2], border[-2:], border[:, :2], border[:, -2:]):
+        assert edge.all()
+    assert border.sum() == 256**2 - 252**2 + 5**2 - 1  # the hole has a border of 2 px, too
+    assert (tile[100, 100] == 100).all()  # what is not in the mask is as it was
+    inside = tile[50, 50].astype(int)
+    assert inside[1] > 100 > inside[0] == inside[2] > 60  # tissue stays readable
+    clear = evaluate.panel(image, mask & False, evaluate.GREEN, "x")
+    assert (clear[top:-bottom, left:-right] == 100).all()
 
 
 def test_each_part_is_moved_by_its_own_step_alone(run):
