@@ -1,10 +1,12 @@
 """What all tests share: slides, 8 to train, one of them without tumour, and 3 to test; a run."""
 
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jobs  # noqa: E402
@@ -12,6 +14,10 @@ import jobs  # noqa: E402
 import train  # noqa: E402
 from extras import synthetic  # noqa: E402
 from slide import Annotation  # noqa: E402
+
+# Small networks: a second thread waits more than it works. For the processes of tests, too.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure(config):
