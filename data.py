@@ -99,10 +99,7 @@ def find_slides(root, seed=0):
     incomplete = [s.name for s in sources if stem(s.path) in INCOMPLETE]
     warn("slides left out: no XML and not known as normal, or outside train and test", left_out)
     warn("patients are both in train and in test", sorted(train & test))
-    warn(
-        "slides are withdrawn or not outlined in full; their 'normal' tiles may be tumour",
-        incomplete,
-    )
+    warn("slides are withdrawn or not outlined in full; 'normal' tiles may be tumour", incomplete)
     return sources
 
 
@@ -295,8 +292,7 @@ def tile_slides(sources, tile=512, mpp=0.5, level=None):
         elif "tumour" in annotation.rings and not any(row[5] > 0 for row in rows):
             where = " inside a roi" if annotation.has_regions else ""
             warn(f"{source.xml}: no outline of tumour lies on tissue{where}; is it of this slide?")
-        # Other levels are not read again; their index takes 1.4 MB a slide of CAMELYON.
-        levels = slides[n].levels
+        levels = slides[n].levels  # others than k are not read again: 1.4 MB a slide of CAMELYON
         levels[:] = [lv if lv is levels[k] else lv._replace(offsets=(), counts=()) for lv in levels]
         annotations.append(annotation)
         table += rows
@@ -428,13 +424,20 @@ def load_batches(tiles, batches, device, workers=0):
     """
     options = {"num_workers": workers, "pin_memory": device.type == "cuda"}
     if workers:
-        options["worker_init_fn"] = quiet
-        # Python 3.14's forkserver sends the index of every slide to each worker; after a fork they
-        # share it. Where the default is spawn, fork is not safe.
+        options["worker_init_fn"] = silence
+        # Python 3.14's forkserver sends the index of every slide to each worker (1.8 MB a slide of
+        # CAMELYON); after a fork they share it. Where the default is spawn, fork is not safe.
         if multiprocessing.get_start_method() == "forkserver":
             options["multiprocessing_context"] = "fork"
+    # Fork with SIGINT blocked: the main process alone handles Ctrl-C and stops its workers.
+    block_signals = getattr(signal, "pthread_sigmask", lambda *_: None)  # Windows has none
     try:
-        for batch in torch.utils.data.DataLoader(tiles, batch_sampler=batches, **options):
+        block_signals(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            loader = iter(torch.utils.data.DataLoader(tiles, batch_sampler=batches, **options))
+        finally:
+            block_signals(signal.SIG_UNBLOCK, {signal.SIGINT})
+        for batch in loader:
             yield [t.to(device, non_blocking=True) for t in batch]
     except RuntimeError as error:
         if not re.search("shared memory|worker.* (killed|exited)", str(error)):
@@ -443,7 +446,6 @@ def load_batches(tiles, batches, device, workers=0):
         raise DataError(f"a worker died, most likely for lack of shared memory; {cure}") from None
 
 
-def quiet(_):
-    """In a worker: Ctrl-C is for the main process; no traceback when that has ended before it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def silence(_):
+    """In a worker: print no traceback when the main process has ended before it."""
     sys.excepthook = sys.unraisablehook = lambda *_: None

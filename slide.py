@@ -311,9 +311,13 @@ def read_annotation(path, size=(1e7, 1e7)):
         raise DataError(f"{path}: holes (group normal, exclusion or _2) but no tumour; {cure}")
     if skipped:
         warn(f"{path}: skipped {listed}; mend them in ASAP if they are outlines")
-    rois = Annotation([shape for shape in shapes if shape[1] == "roi"])
-    outlines = annotation.rings.get("tumour", ()) if regions else ()
-    if unused := sum(not rois.near(*xy.min(0), *np.ptp(xy, 0)) for xy in outlines):
+    unused = 0
+    for xy in annotation.rings.get("tumour", ()) if regions else ():
+        down = max(1, np.ptp(xy, 0).max() / 256)  # at most 256 x 256 places are tested
+        box = *(xy.min(0) // down).astype(int), *(np.ptp(xy, 0) // down + 2).astype(int), down
+        outline = Annotation([(xy, "tumour")]).inside("tumour", *box)
+        unused += not (outline & annotation.inside("roi", *box)).any()
+    if unused:
         cure = "draw a roi around all that is outlined in full"
         warn(f"{path}: {unused} outlines of tumour are in no roi and teach nothing; {cure}")
     return annotation

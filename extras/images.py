@@ -309,8 +309,7 @@ def main(argv=None):
     write(args.out, jobs, [(f"{slide_of[f]}.tif", f, case_of[f]) for f in fields if case_of])
     unmasked = Counter(label for _, _, mask, label, _, _ in jobs if not mask)
     kinds = f"{len(values_of)} outlined, {unmasked['cancer']} cancer, {unmasked['normal']} normal"
-    print(f"{len(jobs)} slides are in {args.out}: {kinds}")
-    print(f"train: python train.py --data {args.out} --pixel-frac 1 --mpp {args.mpp:g} --tile SIDE")
+    print(f"{len(jobs)} slides are in {args.out}: {kinds}; to train on them: docs/files.md, Images")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,8 @@
 
 Names come first; flags that are not known here go to train.py, for all runs. A finished run is a
 row of runs.csv in --out: the same command goes on where it was stopped, and tables are made of
-these rows alone. Writes tableN.md, fig6.md, plots beside table4 (masks.svg) and fig6 (fig6.svg),
-and, of the checkpoints of seed 0, pictures. The paper's figures are of CAMELYON: other data can
-only agree in which row is ahead.
+these rows alone. Writes tableN.md, masks.svg with table4, fig6.md and fig6.svg, pictures of the
+checkpoints of seed 0. The paper is of CAMELYON: other data can only agree in which row is ahead.
 """
 
 import argparse

@@ -142,9 +142,7 @@ def markdown(table, rows, caption):
     """A table in Markdown and its caption. `rows`: {(run, seed): {"dsc": value, ...}}."""
     columns, body = [*table.columns], []
     papers = columns if table.rows == BOTH else masks_on(FRACTIONS)
-    measured = {
-        row: [cell_of(table, rows, row, column) for column in columns] for row in table.rows
-    }
+    measured = {row: [cell_of(table, rows, row, c) for c in columns] for row in table.rows}
     for row, cells in measured.items():
         if published := dict(zip(papers, PUBLISHED.get((table.title, row), "").split())):
             body.append([f"{row}, paper", *(published.get(column, "") for column in columns)])

@@ -2,7 +2,9 @@
 
 import csv
 import multiprocessing
+import signal
 import sys
+from multiprocessing import util
 from pathlib import Path
 
 import numpy as np
@@ -741,6 +743,30 @@ def test_workers_give_the_same_tiles_as_none(tiles, method):
     for batch, same in zip(one, two, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(batch, same, strict=True))
     assert one[0][0].dtype == torch.uint8 and not torch.equal(one[0][0], one[5][0])
+
+
+def test_ctrl_c_while_workers_start_is_for_the_process_that_they_work_for(tiles):
+    """A forked worker had that one's handler for a moment, and said a second time how to go on."""
+
+    class Start:
+        pass
+
+    start = Start()
+    util.register_after_fork(start, lambda _: signal.raise_signal(signal.SIGINT))
+    batches = list(data.batches(np.arange(8), 4, (0, 1), 0, 2))
+    assert len(list(data.load_batches(tiles, batches, torch.device("cpu"), 2))) == 2
+
+
+def test_ctrl_c_works_again_where_workers_cannot_start(tiles, monkeypatch):
+    """SIGINT stayed blocked: a job that went on could not be interrupted."""
+
+    def fails(_):
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", fails)
+    with pytest.raises(OSError, match="no more"):
+        next(data.load_batches(tiles, [[(0, 0)]], torch.device("cpu"), 2))
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 class Unsendable(torch.utils.data.Dataset):

@@ -69,7 +69,7 @@ def test_no_line_is_longer_than_100_columns_and_no_function_than_a_screen(path):
 def test_the_files_of_the_method_stay_short():
     """A reference is read to learn: a few hundred lines, and not by dense ones."""
     lines = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in CORE}
-    assert lines.pop("slide") <= 330 and sum(lines.values()) <= 1106, lines
+    assert lines.pop("slide") <= 335 and sum(lines.values()) <= 1106, lines
     assert sum(len(path.read_text().splitlines()) for path in FILES) <= 3730
 
 

@@ -207,17 +207,17 @@ def test_predictions_are_trained_on_only_once_a_person_has_saved_them_as_name_xm
 
 def test_simplified_outlines_are_near_the_exact_ones(run, slides, predicted, tmp_path):
     path = max(slides.glob("test/*.tif"), key=lambda p: size_of(predicted, p, "_pred.xml"))
-    predict_all(run, tmp_path, "--simplify", 2, path)
+    predict_all(run, tmp_path, "--simplify", 4, path)
     exact, fewer = (
         read_annotation(folder / f"{path.stem}_pred.xml") for folder in (predicted, tmp_path)
     )
     corners = [sum(len(xy) for rings in a.rings.values() for xy in rings) for a in (exact, fewer)]
-    assert corners[1] < 0.8 * corners[0]  # how many depends on what was learned
+    assert corners[1] < corners[0] / 2
     a, b = (annotation.mask(0, 0, 384, 384, 2).astype(bool) for annotation in (exact, fewer))
     assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.9
-    assert size_of(tmp_path, path, ".geojson") < 0.9 * size_of(predicted, path, ".geojson")
+    assert size_of(tmp_path, path, ".geojson") < size_of(predicted, path, ".geojson") / 2
     (row,) = table(tmp_path)
-    assert row["simplify"] == "2" and float(row["tumour_mm2"]) * 1e6 == pytest.approx(b.sum())
+    assert row["simplify"] == "4" and float(row["tumour_mm2"]) * 1e6 == pytest.approx(b.sum())
 
 
 def test_a_table_with_other_columns_is_not_added_to(run, tmp_path):

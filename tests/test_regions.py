@@ -290,12 +290,12 @@ def test_regions_are_read_in_any_case_and_nested(tmp_path, name, shape):
 def test_outlines_in_no_roi_are_named_with_their_number(tmp_path, capsys):
     """Drawn in full or not, nobody knows: they teach nothing, and that is not silent."""
     roi = ("roi", "Polygon", np.array([(0, 0), (40, 0), (0, 40)], float))
-    rings = [("_0", "Polygon", SQUARE / 2), ("_0", "Polygon", SQUARE / 4 + 45)]
+    rings = [("_0", "Polygon", SQUARE / 2), ("_0", "Polygon", SQUARE / 4 + 22)]
     read_annotation(write_xml(tmp_path / "a.xml", roi, rings[0]))
     assert not capsys.readouterr().err
     annotation = read_annotation(write_xml(tmp_path / "a.xml", roi, *rings, *rings[1:]))
     assert "a.xml: 2 outlines of tumour are in no roi" in capsys.readouterr().err
-    assert (annotation.mask(0, 0, 60, 60) == 1).sum() == 100
+    assert (annotation.mask(0, 0, 40, 40) == 1).sum() == 100
     read_annotation(write_xml(tmp_path / "a.xml", ("cancer region", "Polygon", SQUARE), rings[0]))
     assert "1 outlines of tumour are in no roi" in capsys.readouterr().err
 
