@@ -180,8 +180,7 @@ def seeded_split(sources, seed):
     that test tiles have masks wherever two patients have them.
     """
     # Deviation: the paper trains on 90 tumour slides and tests on 20, unnamed; here normal slides
-    # are in both, split by the folders train* and test*, else 20 in 110 patients are held out,
-    # because most slides in use are normal.
+    # are in both, because most slides in use are normal. Folders train* and test* are the split.
     outlined, cancer = set(), set()
     for source in sources:
         kinds = {kind for _, kind, _ in read_shapes(source.xml)} if source.xml else set()
@@ -339,7 +338,7 @@ def choose_labels(tiles, pixel_frac, image_frac, label_unit="tile", seed=0):
     normal = np.random.default_rng((seed, 1)).permutation(normal)[: len(cancer)]
     pool = np.sort(np.r_[np.flatnonzero(train & (label != NORMAL)), normal])
     # Deviation: the paper does not say what 0 % of the masks is; here it keeps the mask of one tile
-    # of each class, because its [20] does. 0 % of image labels is none.
+    # of each class, because reference [20] does so. 0 % of image labels is none.
     with_mask = pool[has_mask[pool]]
     if {CANCER, NORMAL} - {*label[with_mask].tolist()}:
         finding = "the training tiles with a mask are of one class alone, or there is none"

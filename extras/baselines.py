@@ -136,8 +136,8 @@ def multitask(args, model, tiles, mask_rows, label_rows, total, pretrain):
 
 def mil(args, model, tiles, mask_rows, label_rows, total, pretrain):
     """Train [18]: masks averaged to the cells, and bags of cells, in turn."""
-    # Deviation: the paper's [18] has bags of tiles, no masks; here a bag is the cells of one tile
-    # and masks averaged to them teach too, because labels are of tiles.
+    # Deviation: the paper's [18] has bags of tiles, no masks; here a bag is one tile, its cells are
+    # the pixels of the map z, and masks teach too, because image-level labels are of tiles.
     adam = torch.optim.Adam(model.parameters())
     bags = train.batch_stream(args, tiles, label_rows, 12, pretrain, total)
     for n, (images, masks, _) in enumerate(descend(args, adam, tiles, mask_rows, 11, total)):
