@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import jobs  # noqa: E402
 
+import evaluate  # noqa: E402
 import train  # noqa: E402
 from extras import synthetic  # noqa: E402
 from slide import Annotation  # noqa: E402
@@ -18,6 +19,7 @@ from slide import Annotation  # noqa: E402
 # Small networks: a second thread waits more than it works. For the processes of tests, too.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+evaluate.SIDE = 64  # px of a picture's panels: at 224 to draw them takes as long as a small run
 
 
 def pytest_configure(config):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from jobs import TINY
+from jobs import QUICK
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = {
@@ -77,7 +77,7 @@ def test_the_six_files_alone_train_and_evaluate(few, tmp_path):
     """As they are copied, without extras/ and anything else of the repository."""
     for name in CORE:
         shutil.copy(ROOT / f"{name}.py", tmp_path)
-    train = ["train.py", "--data", str(few), "--out", "r", *TINY, "--epochs", "1"]
+    train = ["train.py", "--data", str(few), "--out", "r", *QUICK, "--epochs", "1"]
     train += ["--pretrain-epochs", "0"]
     script = "import runpy, sys\n"  # both in one process: to import torch takes seconds
     for argv in (train, ["evaluate.py", "--ckpt", "r/last.pt"]):
