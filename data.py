@@ -334,7 +334,7 @@ def choose_labels(tiles, pixel_frac, image_frac, label_unit="tile", seed=0):
     if not (~train & has_mask & (label == CANCER)).any():
         cure = "outline one in a roi on a test slide"
         warn(f"no test tile with tumour has a mask: DSC will be null; {cure}")
-    # Deviation: the paper counts no normal tiles; here as many as cancer, because tumour is rare.
+    # Deviation: the paper gives no ratio of normal to cancer tiles; here 1, because tumour is rare.
     normal = np.random.default_rng((seed, 1)).permutation(normal)[: len(cancer)]
     pool = np.sort(np.r_[np.flatnonzero(train & (label != NORMAL)), normal])
     # Deviation: the paper does not say what 0 % of the masks is; here it keeps the mask of one tile

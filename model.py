@@ -85,7 +85,7 @@ class Network(nn.Module):
         ups = (nn.ConvTranspose2d(i, o, 2, stride=2) for i, o in zip([c1, c2, 2 * c3], c))
         self.ups = nn.ModuleList(ups)
         # Deviation: the paper does not say how the decoder fuses; here with a 1x1 convolution,
-        # because 3x3 costs 2.7 times the multiply-adds.
+        # because with 3x3 the network takes 2.7 times the multiply-adds.
         self.fuses = nn.ModuleList(conv_bn_relu(3 * i, i, 1) for i in (c0, c1, c2))
         self.head = nn.Conv2d(c0, 2, 1)  # of the decoder: segmentation
         # The classification head.

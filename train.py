@@ -105,7 +105,7 @@ def parse_args(argv=None):
 
 def pretrain_epochs(args):
     """How many epochs one step runs alone before both alternate, Fig. 2."""
-    # Deviation: the paper gives no pre-training time; here a tenth, because 0 showed no clear gain.
+    # Deviation: the paper gives no pre-training time; here 1/10, because 0 was not clearly better.
     # Labels first: half, the best of 1/6, 1/3, 1/2 on training cases kept aside (docs/results.md).
     part = args.epochs // (10 if args.pretrain == "masks" else 2)
     default = min(max(1, part), args.epochs - 1)
@@ -181,7 +181,7 @@ def main(argv=None):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
 
     # Deviation: the paper does not say how long an epoch is; here a pass over the pool, whatever
-    # the fractions, because S and S+C then make the same number of updates in step 1.
+    # the fractions, because in its order S and S+C then make as many updates in step 1.
     per_epoch = math.ceil(len(pool) / args.batch_size)
     total, pretrain_iters = args.epochs * per_epoch, pretrain_epochs(args) * per_epoch
     mask_start, label_start = 0, pretrain_iters if len(label_rows) else total

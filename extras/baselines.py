@@ -92,12 +92,12 @@ class ConstantMasks:
 
 
 def mil_loss(z, label):
-    """Bags z (B, n) of cell logits, label (B,) -> binary cross entropy over the labelled cells.
+    """Bags z (B, n) of logits, label (B,) -> binary cross entropy over labelled instances.
 
-    All cells of a negative bag are negative; the highest of a positive one are positive, and its
-    others have no label.
+    All instances of a negative bag are negative; the highest of a positive one are positive,
+    and its others have no label.
     """
-    # [18] takes int(top * n) cells, but none gives NaN.
+    # [18] takes int(top * n) instances, but none gives NaN.
     z, count = z.float(), max(1, int(MIL_TOP * z.shape[1]))
     highest = torch.zeros_like(z).scatter(1, z.topk(count).indices, 1)
     known = torch.where(label[:, None] == 1, highest, 1.0)
@@ -135,9 +135,9 @@ def multitask(args, model, tiles, mask_rows, label_rows, total, pretrain):
 
 
 def mil(args, model, tiles, mask_rows, label_rows, total, pretrain):
-    """Train [18]: masks averaged to the cells, and bags of cells, in turn."""
-    # Deviation: the paper's [18] has bags of tiles, no masks; here a bag is one tile, its cells are
-    # the pixels of the map z, and masks teach too, because image-level labels are of tiles.
+    """Train [18]: masks averaged to instances, and bags of instances, in turn."""
+    # Deviation: the paper's [18] has bags of tiles, no masks; here a bag is one tile, its instances
+    # are the pixels of the map z, and masks teach too, because image-level labels are of tiles.
     adam = torch.optim.Adam(model.parameters())
     bags = train.batch_stream(args, tiles, label_rows, 12, pretrain, total)
     for n, (images, masks, _) in enumerate(descend(args, adam, tiles, mask_rows, 11, total)):
@@ -146,7 +146,7 @@ def mil(args, model, tiles, mask_rows, label_rows, total, pretrain):
         tumour, known = (
             F.adaptive_avg_pool2d(m[:, None].float(), z.shape[2:]) for m in (masks == 1, masks >= 0)
         )
-        share = tumour / known.clamp(min=1e-6)  # of the labelled pixels of a cell
+        share = tumour / known.clamp(min=1e-6)  # of the labelled pixels of an instance
         train.update(adam, F.binary_cross_entropy_with_logits(z.float(), share, known))
         if n >= pretrain:
             images, _, labels = next(bags)

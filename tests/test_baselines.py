@@ -167,13 +167,13 @@ def test_multitask_takes_a_constant_mask_where_there_is_only_a_label(losses):
     assert losses == [pytest.approx((loss_seg + loss_cls).item(), rel=1e-4)]
 
 
-@pytest.mark.parametrize("cells", [1, 9, 10, 64])
-def test_bags_of_any_size_have_a_loss(cells):
-    """int(a n) is 0 below ten cells: NaN in the published code."""
-    z = torch.randn(6, cells, generator=torch.Generator().manual_seed(cells), requires_grad=True)
+@pytest.mark.parametrize("n", [1, 9, 10, 64])
+def test_bags_of_any_size_have_a_loss(n):
+    """int(a n) is 0 below ten instances: NaN in the published code."""
+    z = torch.randn(6, n, generator=torch.Generator().manual_seed(n), requires_grad=True)
     label = torch.tensor([1, 0, 1, 1, 0, 0])
     value = baselines.mil_loss(z, label)
-    count, slow = max(1, int(0.1 * cells)), []
+    count, slow = max(1, int(0.1 * n)), []
     for bag, positive in zip(z.tolist(), label.tolist()):
         if positive:
             slow += [np.log1p(np.exp(-v)) for v in sorted(bag)[-count:]]
@@ -181,21 +181,22 @@ def test_bags_of_any_size_have_a_loss(cells):
             slow += [np.log1p(np.exp(v)) for v in bag]
     assert value.item() == pytest.approx(np.mean(slow), rel=1e-5)
     value.backward()
-    assert ((z.grad != 0).sum(1) == torch.where(label == 1, count, cells)).all()
+    assert ((z.grad != 0).sum(1) == torch.where(label == 1, count, n)).all()
     for one in (torch.ones(6), torch.zeros(6)):
         assert torch.isfinite(baselines.mil_loss(z, one.long()))
 
 
-def test_cells_of_mil_learn_from_the_tumour_in_them_and_in_turn_from_bags(losses):
+def test_instances_of_mil_learn_from_the_tumour_in_them_and_in_turn_from_bags(losses):
     tiles, model = DarkQuarters(4), started("mil").eval()
     tiles.masks[:] = 0
-    tiles.masks[1, :8, :16] = 1  # half of the first cell
+    tiles.masks[1, :8, :16] = 1  # half of the first instance
     baselines.mil(ARGS, model, tiles, np.array([0, 1]), np.arange(4), 2, 1)
     z, share = model.low(torch.tensor(tiles.images))[:, 0], torch.zeros(2, 2, 2)
     share[1, 0, 0] = 0.5
-    cells = F.binary_cross_entropy_with_logits(z[:2], share).item()
+    instances = F.binary_cross_entropy_with_logits(z[:2], share).item()
     bags = baselines.mil_loss(z.flatten(1), torch.tensor([0, 1, 0, 1])).item()
-    assert losses == pytest.approx([cells, cells, bags], rel=1e-4)  # the first is pre-training
+    expected = [instances, instances, bags]  # the first is pre-training
+    assert losses == pytest.approx(expected, rel=1e-4)
 
     logits, class_logits = model(torch.tensor(tiles.images))
     assert torch.equal(logits.argmax(1)[:, ::16, ::16], (z > 0).long())
