@@ -32,10 +32,9 @@ NO_SLIDES = "_mask", "_likelihood_map"  # ends of stems: CAMELYON16's masks, pre
 TISSUE_SHARE, CANCER_SHARE = 0.1, 0.05  # less tissue: dropped; more tumour: labelled cancer
 COVERED = 0.5  # a tile has a mask, or a region's label, if at least this share of it is inside
 CANCER, NORMAL, AMBIGUOUS = 1, 0, -1  # image-level labels; AMBIGUOUS never trains the head
-# Deviation: the paper names CAMELYON17; here it is 16, because only 16 has 110 tumour slides.
-
 # CAMELYON16 slides on which not every metastasis is outlined, or withdrawn, by its authors' lists.
 NUMBERS = 10, 15, 18, 20, 25, 29, 33, 34, 44, 46, 51, 54, 55, 56, 67, 79, 85, 92, 95, 110
+# Deviation: the paper names CAMELYON17; here it is 16, because only 16 has 110 tumour slides.
 INCOMPLETE = {f"tumor_{n:03}" for n in NUMBERS} | {"test_114", "normal_086", "test_049"}
 # A slide to use: its path below the data folder and in full, its XML or None, "train" or "test".
 Source = namedtuple("Source", "name path xml split")
@@ -98,7 +97,7 @@ def find_slides(root, seed=0):
     train, test = ({patient(s) for s in sources if s.split == side} for side in ("train", "test"))
     incomplete = [s.name for s in sources if stem(s.path) in INCOMPLETE]
     warn("slides left out: no XML and not known as normal, or outside train and test", left_out)
-    warn("patients are both in train and in test", sorted(train & test))
+    warn("patients are in train and in test", sorted(train & test))
     warn("slides are withdrawn or not outlined in full; 'normal' tiles may be tumour", incomplete)
     return sources
 
@@ -243,8 +242,7 @@ class Tiles(torch.utils.data.Dataset):
     """All tissue tiles of all slides; `table` (TILE) has a row for each, `side` px of its level.
 
     tiles[row, turn] -> image (3, T, T) uint8, mask (T, T) int8, label; `turn` 1 to 7 flips and
-    turns both. A mask is 1 tumour, 0 not tumour, -1 unknown. Workers send bytes: float32 would
-    cost up to twice the CPU.
+    turns both. A mask is 1 tumour, 0 not, -1 unknown. Bytes: float32 costs up to twice the CPU.
     """
 
     def __init__(self, sources, slides, annotations, side, table):
@@ -342,8 +340,8 @@ def choose_labels(tiles, pixel_frac, image_frac, label_unit="tile", seed=0):
     with_mask = pool[has_mask[pool]]
     if {CANCER, NORMAL} - {*label[with_mask].tolist()}:
         finding = "the training tiles with a mask are of one class alone, or there is none"
-        cure = "outline tumour, with normal tissue in the roi too, or take a smaller --tile"
-        raise DataError(f"{finding}; {cure}")
+        cure = "outline tumour, have normal tissue in the roi (images: black masks of normal ones)"
+        raise DataError(f"{finding}; {cure}, or take a smaller --tile")
     masks = nested(tiles.table, with_mask, label_unit, pixel_frac, (seed, 2))
     labels = nested(tiles.table, pool[label[pool] != AMBIGUOUS], "tile", image_frac, (seed, 3))
     return pool, masks, labels if image_frac else labels[:0]
@@ -378,9 +376,9 @@ def label_tiles(tiles, args):
         count = [(tiles.table["label"][rows] == kind).sum() for kind in (CANCER, NORMAL, AMBIGUOUS)]
         kinds = f"{count[0]} cancer, {count[1]} normal, {count[2]} ambiguous"
         print(f"{split}: {slides} slides; {len(rows)} tiles: {kinds}")
-    has_label = (tiles.table["label"][pool] != AMBIGUOUS).sum()
-    masks = f"the masks of {len(mask_rows)} of {tiles.has_mask[pool].sum()} tiles that have one"
-    print(f"to learn from: {masks}, the labels of {len(label_rows)} of {has_label}", flush=True)
+    masks = f"{len(mask_rows)} of {tiles.has_mask[pool].sum()} masks"
+    labels = f"{len(label_rows)} of {(tiles.table['label'][pool] != AMBIGUOUS).sum()} image labels"
+    print(f"pool: {len(pool)} tiles, as many normal as cancer; used {masks}, {labels}", flush=True)
     used = b"".join(a.tobytes() for a in (tiles.table, mask_rows, label_rows))
     return pool, mask_rows, label_rows, hashlib.sha256(used).hexdigest()
 
@@ -418,8 +416,7 @@ def batches(rows, batch_size, seed, first, last):
 def load_batches(tiles, batches, device, workers=0):
     """Batches of keys -> images (B, 3, T, T) uint8, masks (B, T, T) int8, labels (B,) on `device`.
 
-    `tiles` is any Dataset. `close()` ends its worker processes. DataError where they lack shared
-    memory.
+    `tiles` is any Dataset. `close()` ends its workers. DataError where they lack shared memory.
     """
     options = {"num_workers": workers, "pin_memory": device.type == "cuda"}
     if workers:

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 import data
 from model import Network
-from slide import DataError
+from slide import DataError, warn
 
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 # Not of a run but of the machine: a run of a GPU is resumed and scored on a laptop too.
@@ -36,8 +36,7 @@ def find_tiles(args, split="all"):
         from extras import synthetic  # the only import of extras/ in these six files
 
         folder = synthetic.cached()
-    sources = data.find_slides(folder, args.seed)
-    sources = [source for source in sources if split in ("all", source.split)]
+    sources = [s for s in data.find_slides(folder, args.seed) if split in ("all", s.split)]
     if not sources:
         raise DataError(f"{folder}: no slide in --split {split}; try --split all")
     return data.tile_slides(sources, args.tile, args.mpp, args.level)
@@ -193,8 +192,13 @@ def main(argv=None):
     rows = np.arange(len(tiles.table))
     if not len(rows):
         raise DataError(f"{args.data}: no tissue in --split {args.split}; try --split all")
-    counts = count(model, tiles, rows, args)
-    print(headline(summarise(tiles, rows, counts, classes=args.image_frac > 0)))
+    results = summarise(tiles, rows, count(model, tiles, rows, args), classes=args.image_frac > 0)
+    told = Path(options.ckpt).with_name("results.json")
+    if options.data is None and options.split == "test" and told.exists():
+        then, now = json.loads(told.read_text())["slides"], results["slides"]
+        if [(s["slide"], s["tiles"]) for s in then] != [(s["slide"], s["tiles"]) for s in now]:
+            warn(f"{told}: the run scored other test slides or tiles; figures cannot be compared")
+    print(headline(results))
 
 
 if __name__ == "__main__":

@@ -47,9 +47,9 @@ class DataError(SystemExit, Exception):
 
 
 def warn(message, names=None):
-    """Print a warning. With `names`: their number, the message, the names; nothing without any."""
+    """Print a warning. With `names`: the message, their number, the names; nothing without any."""
     if names is not None:
-        message = f"{len(names)} {message}: {', '.join(names)}"
+        message = f"{message} ({len(names)}): {', '.join(names)}"
     if names is None or names:
         print(f"warning: {message}", file=sys.stderr)
 

@@ -51,7 +51,7 @@ def flags():
     add("--mpp", type=float, help="um/px; the nearest level is read")
     add("--width", type=int, help="channels C0, a multiple of 4")
     add("--lr", type=float, help="Adam's, falling linearly to 0")
-    add("--epochs", type=int, help="each a pass over the tiles in use")
+    add("--epochs", type=int, help="each a pass over the pool: all tiles that training may use")
     add = parser.add_argument_group("training and machine").add_argument
     pretrain = "which labels train alone first (default masks)"
     add("--pretrain", choices=("masks", "labels"), default="masks", help=pretrain)
@@ -161,7 +161,7 @@ def restore(args, checkpoint, model, adam, fingerprint):
     """Put the state of --resume back -> its iteration, the lines of its log."""
     if checkpoint["fingerprint"] != fingerprint:
         finding = "slides, annotations or the flags of tiles and labels are not those of the run"
-        raise DataError(f"{args.resume}: {finding}; use the same")
+        raise DataError(f"{args.resume}: {finding}; use the same, or start anew")
     model.load_state_dict(checkpoint["model"])
     adam.load_state_dict(checkpoint["optimizer"])
     log = Path(args.resume).with_name("log.jsonl")

@@ -402,7 +402,7 @@ def test_an_xml_belongs_to_the_slide_beside_it(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "b/HE_0.tif" in said
     # A correction saved elsewhere than beside the slide was passed over in silence.
-    assert "1 XML are not read" in said and str(tmp_path / "old/y.xml") in said
+    assert "XML are not read" in said and "(1):" in said and str(tmp_path / "old/y.xml") in said
 
 
 @pytest.mark.parametrize(
@@ -436,7 +436,8 @@ def test_xml_that_no_slide_takes_is_named_but_not_a_prediction(tmp_path, capsys)
     touch(tmp_path, "a.tif", "a.xml", "old/tumor_002.xml", "a_pred.xml")
     assert set(found(tmp_path)) == {"a.tif"}
     said = capsys.readouterr().err
-    assert "1 XML are not read" in said and "tumor_002.xml" in said and "pred" not in said
+    assert "XML are not read" in said and "(1):" in said
+    assert "tumor_002.xml" in said and "pred" not in said
 
 
 @pytest.mark.parametrize("xml", ["case.xml", "case.ome.xml"])
@@ -505,7 +506,7 @@ def test_an_xml_without_tumour_is_none_of_a_slide_with_tumour(tmp_path, seed):
 
 def test_slides_that_camelyon16_has_withdrawn_are_named(tmp_path, capsys):
     found(touch(tmp_path, "normal_086.tif", "test_049.tif", "test_049.xml", "t.tif", "t.xml"))
-    assert "2 slides are withdrawn" in capsys.readouterr().err
+    assert "slides are withdrawn" in (said := capsys.readouterr().err) and "(2):" in said
 
 
 def test_predictions_are_never_taken_for_annotations(tmp_path):

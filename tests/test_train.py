@@ -511,6 +511,18 @@ def test_evaluate_repeats_the_figures_of_training_exactly(run):
     assert headline in out.splitlines()
 
 
+def test_evaluate_says_that_the_test_slides_are_others_now(run, tmp_path):
+    """A test slide was moved to training: three were scored in place of four, without a word."""
+    (tmp_path / "last.pt").write_bytes((run[0] / "last.pt").read_bytes())
+    argv = evaluate.main, "--ckpt", tmp_path / "last.pt", "--device", "cpu"
+    results, told = json.loads((run[0] / "results.json").read_text()), tmp_path / "results.json"
+    told.write_text(json.dumps(results))
+    assert "other test slides" not in call(*argv)[2]
+    results["slides"].append({"slide": "test/moved.tif", "tiles": 9})
+    told.write_text(json.dumps(results))
+    assert f"{told}: the run scored other test slides" in call(*argv)[2]
+
+
 def test_a_relative_data_folder_is_that_of_the_training(few, run, tmp_path, monkeypatch):
     """Called elsewhere, evaluate scored another folder of that name as the run's own."""
     monkeypatch.chdir(few.parent)
