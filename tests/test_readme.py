@@ -40,6 +40,9 @@ def test_files_and_flags_of_the_texts_exist(path):
         assert (ROOT / name).exists(), name
     for link in re.findall(r"\]\(([\w./]+)\)", text):
         assert (path.parent / link).exists(), link
+    for page, anchor in re.findall(r"\]\(([\w./]*)#([^)]+)\)", text):
+        headings = re.findall("^#+ (.*)", (path.parent / page if page else path).read_text(), re.M)
+        assert anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
     for script, argv in re.findall(r"python (?:-m )?([\w./]+)((?: .*)?)$", text, re.M):
         if script in ("pytest", "pip"):
             continue
