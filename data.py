@@ -316,10 +316,9 @@ def label_of(annotation, *box):
 def choose_labels(tiles, pixel_frac, image_frac, label_unit="tile", seed=0):
     """Whose labels training may use -> rows of `tiles.table`: the pool, masks, image labels.
 
-    The pool: all cancer and ambiguous training tiles, and as many normal ones as cancer ones. A
+    The pool: all cancer and ambiguous training tiles, and at most as many normal as cancer ones. A
     fraction of 1 is all of its tiles that have a mask, or a label. image_frac 0 is the S group, 1
-    is S+C. `label_unit`: masks of single tiles, as in the paper, or of whole slides, as a
-    pathologist works. DataError if a class is missing.
+    is S+C. `label_unit`: masks of tiles (the paper) or of slides. DataError if a class is missing.
     """
     train, label, has_mask = tiles.table["train"], tiles.table["label"], tiles.has_mask
     cancer, normal = (np.flatnonzero(train & (label == kind)) for kind in (CANCER, NORMAL))
@@ -330,10 +329,11 @@ def choose_labels(tiles, pixel_frac, image_frac, label_unit="tile", seed=0):
         finding = f"no cancer tile of {tiles.side} px to test on"
         raise DataError(f"{finding}; put slides into train/ and test/, or add patients with cancer")
     if not (~train & has_mask & (label == CANCER)).any():
-        cure = "outline one in a roi on a test slide"
-        warn(f"no test tile with tumour has a mask: DSC will be null; {cure}")
+        warn("no test tile with tumour has a mask: DSC will be null; outline one on a test slide")
     # Deviation: the paper gives no ratio of normal to cancer tiles; here 1, because tumour is rare.
-    normal = np.random.default_rng((seed, 1)).permutation(normal)[: len(cancer)]
+    normal = np.random.default_rng((seed, 1)).permutation(normal)
+    first = normal[has_mask[normal]][:1]  # step 1 needs one
+    normal = np.r_[first, normal[~np.isin(normal, first)]][: len(cancer)]
     pool = np.sort(np.r_[np.flatnonzero(train & (label != NORMAL)), normal])
     # Deviation: the paper does not say what 0 % of the masks is; here it keeps the mask of one tile
     # of each class, because reference [20] does so. 0 % of image labels is none.
@@ -370,15 +370,15 @@ def label_tiles(tiles, args):
     """`choose_labels` by the flags; prints slides, tiles, labels -> its rows, their fingerprint."""
     choice = args.pixel_frac, args.image_frac, args.label_unit, args.seed
     pool, mask_rows, label_rows = choose_labels(tiles, *choice)
-    for split in ("train", "test"):
-        rows = np.flatnonzero(tiles.table["train"] == (split == "train"))
-        slides = len(np.unique(tiles.table["slide"][rows]))
-        count = [(tiles.table["label"][rows] == kind).sum() for kind in (CANCER, NORMAL, AMBIGUOUS)]
+    train = tiles.table["train"]
+    for name, rows in {"train": train, "test": ~train, "pool of train": pool}.items():
+        part = tiles.table[rows]
+        count = [(part["label"] == kind).sum() for kind in (CANCER, NORMAL, AMBIGUOUS)]
         kinds = f"{count[0]} cancer, {count[1]} normal, {count[2]} ambiguous"
-        print(f"{split}: {slides} slides; {len(rows)} tiles: {kinds}")
+        print(f"{name}: {len(np.unique(part['slide']))} slides; {len(part)} tiles: {kinds}")
     masks = f"{len(mask_rows)} of {tiles.has_mask[pool].sum()} masks"
-    labels = f"{len(label_rows)} of {(tiles.table['label'][pool] != AMBIGUOUS).sum()} image labels"
-    print(f"pool: {len(pool)} tiles, as many normal as cancer; used {masks}, {labels}", flush=True)
+    labels = f"{len(label_rows)} of {count[0] + count[1]} image labels"
+    print(f"used of the pool: {masks}, {labels}", flush=True)
     used = b"".join(a.tobytes() for a in (tiles.table, mask_rows, label_rows))
     return pool, mask_rows, label_rows, hashlib.sha256(used).hexdigest()
 

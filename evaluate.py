@@ -108,15 +108,15 @@ def summarise(tiles, rows, counts, classes=True):
     slides = []
     for n in np.unique(table["slide"]):
         here = table["slide"] == n
-        false = int(counts[here, 1].sum()) if tiles.has_mask[rows][here].any() else None
+        wrong = int(counts[here, 1].sum()) if tiles.has_mask[rows][here].any() else None
         line = {"slide": tiles.sources[n].name, "tiles": int(here.sum()), **figures(here)}
-        slides.append(line | {"false_positive_px": false})
-    dsc, false = ([s[k] for s in slides if s[k] is not None] for k in ("dsc", "false_positive_px"))
+        slides.append(line | {"false_positive_px": wrong})
+    dsc, wrong = ([s[k] for s in slides if s[k] is not None] for k in ("dsc", "false_positive_px"))
     return {
         **figures(np.full(len(rows), True)),
         "dsc_cancer_tiles": figures(label == data.CANCER)["dsc"],
         "dsc_mean_of_slides": np.mean(dsc) if dsc else None,
-        "false_positive_px_per_slide": np.mean(false) if false else None,
+        "false_positive_px_per_slide": np.mean(wrong) if wrong else None,
         "counts": dict(zip(("tp", "fp", "fn"), counts[:, :3].sum(0).tolist())),
         "slides": slides,
     }
@@ -128,9 +128,9 @@ def headline(results):
     names |= {"dsc_cancer_tiles": "DSC of cancer tiles", "dsc_mean_of_slides": "mean of slides"}
     figures = {key: "null" if results[key] is None else f"{results[key]:.4f}" for key in names}
     figures = [f"{names[key]} {figure}" for key, figure in figures.items()]
-    false = results["false_positive_px_per_slide"]
-    false = "null" if false is None else f"{false:.0f}"
-    return "  ".join([*figures, f"false positives {false} px per slide"])
+    wrong = results["false_positive_px_per_slide"]
+    wrong = "null" if wrong is None else f"{wrong:.0f}"
+    return "  ".join([*figures, f"false positives {wrong} px per slide"])
 
 
 def write_results(out, model, tiles, args, began, classes=True):
@@ -193,11 +193,11 @@ def main(argv=None):
     if not len(rows):
         raise DataError(f"{args.data}: no tissue in --split {args.split}; try --split all")
     results = summarise(tiles, rows, count(model, tiles, rows, args), classes=args.image_frac > 0)
-    told = Path(options.ckpt).with_name("results.json")
-    if options.data is None and options.split == "test" and told.exists():
-        then, now = json.loads(told.read_text())["slides"], results["slides"]
+    saved = Path(options.ckpt).with_name("results.json")
+    if options.data is None and options.split == "test" and saved.exists():
+        then, now = json.loads(saved.read_text())["slides"], results["slides"]
         if [(s["slide"], s["tiles"]) for s in then] != [(s["slide"], s["tiles"]) for s in now]:
-            warn(f"{told}: the run scored other test slides or tiles; figures cannot be compared")
+            warn(f"{saved}: the run scored other test slides or tiles; figures cannot be compared")
     print(headline(results))
 
 

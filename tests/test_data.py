@@ -688,6 +688,20 @@ def test_a_missing_class_is_refused(tiles, label, split):
         data.choose_labels(less, 1, 1)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_normal_mask_is_used_however_many_normal_labels_there_are(tiles, seed):
+    """Drawn from all normal tiles, none had a mask, and training refused masks of one class."""
+    train, label = tiles.table["train"], tiles.table["label"]
+    surplus = np.flatnonzero(train & (label != data.NORMAL))[1:]  # one cancer tile is left
+    table = np.delete(tiles.table, surplus)
+    train, label = table["train"], table["label"]
+    cancer, normal = (np.flatnonzero(train & (label == kind)) for kind in (1, 0))
+    table["known"][normal[1:]] = 0
+    few = data.Tiles(tiles.sources, tiles.slides, tiles.annotations, 64, table)
+    pool, masks, _ = data.choose_labels(few, 1, 1, seed=seed)
+    assert pool.tolist() == masks.tolist() == sorted([*cancer, normal[0]])
+
+
 def test_tiles_csv_says_what_was_used(tiles, tmp_path):
     pool, masks, labels = data.choose_labels(tiles, 0.3, 0.6)
     data.write_tiles(tmp_path / "tiles.csv", tiles, masks, labels)

@@ -77,7 +77,7 @@ def test_masks_of_whole_slides_and_boxes_for_the_others_train_as_the_simulation_
     out = ok(train.main, *real, "--out", tmp_path / "b", *flags)
     masks = sum(row["mask_used"] == "True" for row in rows)
     labels = sum(row["label_used"] == "True" for row in rows)
-    said = f"used {masks} of {masks} masks, {labels} of {labels} image labels"
+    said = f"used of the pool: {masks} of {masks} masks, {labels} of {labels} image labels"
     assert said in out and 0 < masks < labels
     for one, other in zip(rows, tiles_csv(tmp_path / "b"), strict=True):
         for name in ("slide", "x", "y", "label", "mask_used", "label_used"):
