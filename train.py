@@ -42,7 +42,7 @@ def flags():
     add = parser.add_argument_group("slides and labels").add_argument
     add("--data", help="folder of slides and ASAP XML, at any depth (default: synthetic slides)")
     add("--pixel-frac", type=float, default=0.1, help="fraction of tiles with masks (default 0.1)")
-    add("--image-frac", type=float, default=1, help="with image labels; 0: S group (default 1)")
+    add("--image-frac", type=float, default=1, help="fraction with image labels; 0: S (default 1)")
     units = "masks are of single tiles or of whole slides (default tile)"
     add("--label-unit", choices=("tile", "slide"), default="tile", help=units)
     add("--level", type=int, help="level to read where a file has no resolution (um/px)")
@@ -55,7 +55,7 @@ def flags():
     add = parser.add_argument_group("training and machine").add_argument
     pretrain = "which labels train alone first (default masks)"
     add("--pretrain", choices=("masks", "labels"), default="masks", help=pretrain)
-    add("--pretrain-epochs", type=int, help="for it (default: masks a tenth, labels half of all)")
+    add("--pretrain-epochs", type=int, help="how many epochs (default: masks 1/10, labels 1/2)")
     add("--seg-loss", **loss_names, help="loss of step 1 (default dwce, the paper's DWF)")
     add("--cls-loss", **loss_names, help="loss of step 2 (default dwce)")
     add("--alpha", type=float, default=1, help="weight in Eq. (3) (default 1)")
