@@ -29,6 +29,8 @@ from PIL import ImageChops
 from slide import REGIONS, Annotation, DataError, Slide, read_annotation, read_shapes, warn
 
 NO_SLIDES = "_mask", "_likelihood_map"  # ends of stems: CAMELYON16's masks, predictions
+OTHER_FORMATS = ".ndpi .mrxs .scn .bif .czi .dcm .vsi .vms .svslide .qptiff .btf .tf8".split()
+LABEL_TABLES = "stage_labels.csv", "stages.csv", "reference.csv"  # of CAMELYON16 and 17
 TISSUE_SHARE, CANCER_SHARE = 0.1, 0.05  # less tissue: dropped; more tumour: labelled cancer
 COVERED = 0.5  # a tile has a mask, or a region's label, if at least this share of it is inside
 CANCER, NORMAL, AMBIGUOUS = 1, 0, -1  # image-level labels; AMBIGUOUS never trains the head
@@ -51,8 +53,8 @@ def progress(items, what, total=None):
         yield item
         if sys.stderr.isatty():
             left = (total - n) * (time.time() - start) / n
-            end = "\n" if n == total else ""
-            print(f"\r{what} {n}/{total}  {left:.0f} s left \033[K", end=end, file=sys.stderr)
+            line = f"\r{what} {n}/{total}  {left:.0f} s left \033[K"
+            print(line, end="\n" if n == total else "", file=sys.stderr)
 
 
 def find_slides(root, seed=0):
@@ -69,10 +71,11 @@ def find_slides(root, seed=0):
     paths = [f for f in files if f.suffix.lower() in (".tif", ".tiff", ".svs")]
     paths = [f for f in paths if not stem(f).endswith(NO_SLIDES)]
     if not paths:
-        raise DataError(f"{root}: no .tif, .tiff or .svs slides; give the folder that holds them")
+        raise DataError(f"{root}: no .tif, .tiff, .svs slides; convert others, see docs/files.md")
     normal_by_table = label_tables(files, paths)
     xml_of = match_annotations(paths, [f for f in files if f.suffix.lower() == ".xml"])
-    shared, sources, left_out = os.path.commonpath([f.parent for f in paths]), [], []
+    shared, sources = os.path.commonpath([f.parent for f in paths]), []
+    left_out = [str(f.relative_to(root)) for f in files if f.suffix.lower() in OTHER_FORMATS]
     for path in paths:
         name = path.relative_to(root).as_posix()
         normal = normal_by_table.get(path, re.match("normal([^a-z]|$)", stem(path)))
@@ -83,20 +86,19 @@ def find_slides(root, seed=0):
             left_out.append(name)
     for source in sources:
         if source.xml and source.path in normal_by_table:
-            kinds = {kind for _, kind, _ in read_shapes(source.xml)}
-            if ("tumour" in kinds) == normal_by_table[source.path] and not kinds & {*REGIONS}:
+            normal, kinds = normal_by_table[source.path], {k for _, k, _ in read_shapes(source.xml)}
+            if normal and kinds & {"tumour", "cancer region"} or not (normal or kinds):
                 raise DataError(f"{source.xml}: disagrees with a label table; mend one of them")
-    by_folder = {"train", "test"} <= {s.split for s in sources}
-    drawn = f"drawn with seed {seed}, by patient where names have one, else by slide"
-    print("split:", "the folders train* and test*" if by_folder else drawn)
-    if by_folder:
+    if {"train", "test"} <= {s.split for s in sources}:
+        print("split: the folders train* and test*")
         left_out += [s.name for s in sources if not s.split]
         sources = [s for s in sources if s.split]
     else:
+        print(f"split: drawn with seed {seed}, by patient where names have one, else by slide")
         sources = seeded_split(sources, seed)
     train, test = ({patient(s) for s in sources if s.split == side} for side in ("train", "test"))
     incomplete = [s.name for s in sources if stem(s.path) in INCOMPLETE]
-    warn("slides left out: no XML and not known as normal, or outside train and test", left_out)
+    warn("slides left out: of another format, without XML, or outside train and test", left_out)
     warn("patients are in train and in test", sorted(train & test))
     warn("slides are withdrawn or not outlined in full; 'normal' tiles may be tumour", incomplete)
     return sources
@@ -104,8 +106,7 @@ def find_slides(root, seed=0):
 
 def walk(folder, seen):
     """Yield the files below `folder` but hidden ones; links are followed, no folder comes twice."""
-    # Not os.walk, which does not end where two links point at each other.
-    if folder.resolve() not in seen:
+    if folder.resolve() not in seen:  # os.walk does not end where two links point at each other
         seen.add(folder.resolve())
         inside = [path for path in folder.iterdir() if path.name[0] != "."]
         for path in sorted(inside, key=lambda path: (path.is_symlink(), path)):
@@ -119,18 +120,17 @@ def stem(path):
 
 
 def label_tables(files, slides):
-    """{slide: whether it is normal} by the stages.csv, stage_labels.csv, reference.csv above it.
-
-    The tables of CAMELYON16 and 17 say normal or negative. DataError where two disagree.
-    """
+    """{slide: whether it is normal by the LABEL_TABLES above it}; DataError if rows disagree."""
     normal = {}
     for file in files:
-        if file.name.lower() in ("stage_labels.csv", "stages.csv", "reference.csv"):
+        if file.name.lower() in LABEL_TABLES:
             text, labels = file.read_text("utf-8-sig", "replace").lower(), {}
             for row in csv.reader(re.sub("[;\t]", ",", text).splitlines(), skipinitialspace=True):
                 if len(row) > 1 and row[1].strip():
                     name = re.sub(r"\.(tiff?|svs)$", "", row[0].strip()) + ".tif"
-                    labels[stem(Path(name))] = row[1].strip() in ("negative", "normal")
+                    is_normal = row[1].strip() in ("negative", "normal")
+                    if labels.setdefault(stem(Path(name)), is_normal) != is_normal:
+                        raise DataError(f"{file}: {row[0]} is normal and not; remove one row")
             for slide in slides:
                 if file.parent in slide.parents and stem(slide) in labels:
                     is_normal = labels[stem(slide)]
@@ -153,7 +153,7 @@ def match_annotations(slides, xmls):
         own = own or [s for s in same if (s.parent, stem(s)) not in beside]
         if len(own) > 1 or own and own[0] in xml_of:
             several = ", ".join(map(str, [xml, *own, *(xml_of[s] for s in own if s in xml_of)]))
-            raise DataError(f"{several}: which belongs to which? put each XML beside its slide")
+            raise DataError(f"{several}: which is of which? rename slides, put XML beside them")
         if own:
             xml_of[own[0]] = xml
         elif not stem(xml).endswith("_pred"):  # of extras.predict, for a person to correct
@@ -168,7 +168,7 @@ def patient(source):
     CAMELYON17's patient_001_node_2 and TCGA's barcode, TCGA-A2-A0D2, have one.
     """
     name = stem(source.path)
-    match = re.search(r"patient_\d+|^tcga-\w\w-\w{4}(?!\w)", name)
+    match = re.search(r"patient_\d+|(?<![a-z0-9])tcga-\w\w-[a-z0-9]{4}(?![a-z0-9])", name)
     return match[0] if match else name
 
 
@@ -228,12 +228,13 @@ def tissue_threshold(histogram):
     else, they are removed and it is computed again.
     """
     count = np.array(histogram, float)
-    coloured = count[9:].sum()  # pixels that could be tissue
+    coloured = count[9:].sum()  # pixels that could be tissue; if nearly all are, glass is tinted
+    few = coloured / 4 if coloured < 0.9 * count.sum() else 0
     while True:
         below, moment = count.cumsum(), (count * np.arange(256)).cumsum()
         spread = (moment[-1] * below - moment * below[-1]) ** 2
         threshold = int((spread / np.maximum(below * (below[-1] - below), 1)).argmax())
-        if threshold <= 30 or count[threshold + 1 :].sum() > coloured / 4:  # not a few
+        if threshold <= 30 or count[threshold + 1 :].sum() > few:
             return np.clip(threshold, 8, 30)
         count[threshold + 1 :] = 0
 
@@ -329,7 +330,7 @@ def choose_labels(tiles, pixel_frac, image_frac, label_unit="tile", seed=0):
         finding = f"no cancer tile of {tiles.side} px to test on"
         raise DataError(f"{finding}; put slides into train/ and test/, or add patients with cancer")
     if not (~train & has_mask & (label == CANCER)).any():
-        warn("no test tile with tumour has a mask: DSC will be null; outline one on a test slide")
+        warn("no test tile with tumour has a mask: DSC will be null; outline one there in a roi")
     # Deviation: the paper gives no ratio of normal to cancer tiles; here 1, because tumour is rare.
     normal = np.random.default_rng((seed, 1)).permutation(normal)
     first = normal[has_mask[normal]][:1]  # step 1 needs one

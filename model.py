@@ -88,7 +88,6 @@ class Network(nn.Module):
         # because with 3x3 the network takes 2.7 times the multiply-adds.
         self.fuses = nn.ModuleList(conv_bn_relu(3 * i, i, 1) for i in (c0, c1, c2))
         self.head = nn.Conv2d(c0, 2, 1)  # of the decoder: segmentation
-        # The classification head.
         # Deviation: the paper does not say how a map becomes one label; here by its mean, because
         # that takes any size.
         self.classifier = nn.Sequential(conv_bn_relu(c3, c3 // 2, 1), nn.Conv2d(c3 // 2, 2, 1))

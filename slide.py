@@ -27,7 +27,7 @@ KINDS = dict.fromkeys(("_0", "_1", "tumor", "tumour", "metastases"), "tumour")
 KINDS |= dict.fromkeys(("_2", "exclusion", "normal"), "exclusion")
 REGIONS = "roi", "cancer region", "normal region"  # outlined in full inside; image-level labels
 KINDS |= {name: name for name in REGIONS}
-AREAS = {"Polygon", "Spline", "Rectangle"}  # not Dot, PointSet, None (a ruler)
+AREAS, POINTS = {"Polygon", "Spline", "Rectangle"}, {"Dot", "PointSet", "Measurement", "None"}
 # One level of a slide: sizes in its px, level-0 px per px (a power of two), where each JPEG block
 # is in the file (0 bytes = absent, background), JPEG tables that all share, "RGB" or "YCbCr".
 Level = namedtuple("Level", "width height downsample block_w block_h offsets counts tables colours")
@@ -168,23 +168,19 @@ class Slide:
                 raise OSError(f"a {image.mode} picture of {image.size}")
             # A JPEG's own markers say what its colours are. Aperio's RGB blocks have none, and
             # libjpeg takes them for YCbCr: then the TIFF's tag decides.
-            if not {"jfif", "adobe"} & image.info.keys():
+            if not re.search(rb"(?s)\xff\xe0..JFIF|\xff\xee..Adobe", raw[: raw.find(b"\xff\xda")]):
                 image.tile = [image.tile[0]._replace(args=("RGB", lv.colours))]
             image.load()
             return image
         except Exception as error:  # Pillow raises many types on damaged blocks
-            cure = "compare the file with the data set's checksums.md5"
-            self.fail(f"block {n} at 1/{lv.downsample} is damaged ({error})", cure)
+            self.fail(f"block {n} at 1/{lv.downsample} is damaged ({error})", "download it again")
 
 
 def um_per_px(page, text):
-    """um per px of a TIFF page, from its description `text` (Aperio, Philips) or resolution tags.
-
-    As OpenSlide reads it, and a second value to compare; None for what is not there.
-    """
-    number, values = r"\+?([\d.,]+(?:[eE][+-]?\d+)?)", []
-    if aperio := re.search(r"\bMPP\s*=\s*" + number, text):
-        values = [float(aperio[1].replace(",", "."))]
+    """um/px of a TIFF page as OpenSlide reads it, and a second value to compare; None without."""
+    number, values = r"\+?(\d*[.,]?\d+(?:[eE][+-]?\d+)?)(?![\d.,])", []
+    if aperio := re.findall(r"(?:^|\|)\s*MPP\s*=\s*" + number, text):
+        values = [float(aperio[-1].replace(",", "."))]
     elif philips := re.search(r'"DICOM_PIXEL_SPACING"[^>]*>[^\d.,<]*' + number, text):
         values = [1000 * float(philips[1].replace(",", "."))]
     if page.tags.valueof("ResolutionUnit", default=2) in (2, 3):  # inch, also if missing; cm
@@ -204,7 +200,8 @@ class Annotation:
     """
 
     def __init__(self, shapes=()):
-        self.rings = {kind: [xy for xy, other in shapes if other == kind] for _, kind in shapes}
+        kinds = dict.fromkeys(kind for _, kind in shapes)  # each once
+        self.rings = {kind: [xy for xy, other in shapes if other == kind] for kind in kinds}
         self.has_regions, self.boxes = any(kind in REGIONS for kind in self.rings), {}
         for kind, rings in self.rings.items():
             self.boxes[kind] = np.array([(*xy.min(0), *xy.max(0)) for xy in rings])
@@ -265,20 +262,21 @@ def read_shapes(path):
     try:
         root, shapes = ElementTree.parse(path).getroot(), []
         if root.tag != "ASAP_Annotations":
-            raise ValueError(f"its root is {root.tag}")
+            raise ValueError(f"its root is {root.tag}; extras.convert reads ImageScope's")
         parents = {group_of(node, "Name"): group_of(node) for node in root.iter("Group")}
         for node in root.iter("Annotation"):
             group, shape = group_of(node), node.get("Type")
             for _ in parents:  # groups may be nested: climb to a known one
                 if group not in KINDS and parents.get(group, "none") != "none":
                     group = parents[group]
+            if shape not in AREAS | POINTS:
+                raise ValueError(f"type {shape!r} is none of ASAP's")
             if shape in AREAS and group not in (*KINDS, "none"):
                 raise ValueError(f"group {group!r} is none of {', '.join(KINDS)}")
             shapes.append((coordinates(node), KINDS.get(group), shape))
         return shapes
     except (OSError, ElementTree.ParseError, LookupError, TypeError, ValueError) as error:
-        cure = "mend or remove it"
-        raise DataError(f"{path}: not a usable ASAP annotation ({error}); {cure}") from None
+        raise DataError(f"{path}: no usable ASAP annotation ({error}); mend or remove it") from None
 
 
 def read_annotation(path, size=(1e7, 1e7)):
@@ -287,9 +285,10 @@ def read_annotation(path, size=(1e7, 1e7)):
     Shapes that are no areas, in no group, or off a slide of `size` level-0 px are skipped with a
     warning; DataError where no outline of tumour or no region is left. Tumour in no roi is named.
     """
-    shapes, skipped, regions = [], Counter(), 0
+    shapes, skipped, regions, dots = [], Counter(), 0, 0
     for xy, kind, shape in read_shapes(path):
         regions += kind in REGIONS
+        dots += shape in POINTS and kind is None
         if shape not in AREAS or len(xy) < 3 or np.linalg.matrix_rank(xy - xy[0]) < 2:
             skipped[f"{shape} of {len(xy)} points without area"] += 1  # in CAMELYON's files too
         elif kind is None:
@@ -302,8 +301,9 @@ def read_annotation(path, size=(1e7, 1e7)):
     listed = ", ".join(f"{count} {shape}" for shape, count in skipped.items())
     if regions and not annotation.has_regions:
         raise DataError(f"{path}: no region can be used ({listed}); draw it on the slide again")
-    # Where all is outlined, the rest would be normal tissue.
-    if skipped and "tumour" not in annotation.rings and ("roi" in annotation.rings or not regions):
+    # Where all is outlined, the rest would be normal tissue. Dots beside a region are none.
+    lost = skipped.total() - (dots if regions else 0)
+    if lost and "tumour" not in annotation.rings and ("roi" in annotation.rings or not regions):
         cure = "give outlines a group in ASAP, or delete all shapes if the slide is normal"
         raise DataError(f"{path}: no outline of tumour can be used ({listed}); {cure}")
     if [*annotation.rings] == ["exclusion"]:
@@ -316,10 +316,9 @@ def read_annotation(path, size=(1e7, 1e7)):
         down = max(1, np.ptp(xy, 0).max() / 256)  # at most 256 x 256 places are tested
         box = *(xy.min(0) // down).astype(int), *(np.ptp(xy, 0) // down + 2).astype(int), down
         outline = Annotation([(xy, "tumour")]).inside("tumour", *box)
-        unused += not (outline & annotation.inside("roi", *box)).any()
+        unused += outline.any() and not (outline & annotation.inside("roi", *box)).any()
     if unused:
-        cure = "draw a roi around all that is outlined in full"
-        warn(f"{path}: {unused} outlines of tumour are in no roi and teach nothing; {cure}")
+        warn(f"{path}: {unused} outlines of tumour are in no roi, not used; draw one around them")
     return annotation
 
 

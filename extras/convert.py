@@ -31,7 +31,7 @@ KINDS |= {name: name for name in ("cancer region", "normal region")}
 TYPES = {"0": "polygon", "1": "rectangle", "2": "ellipse", "3": "arrow", "4": "ruler", "5": "point"}
 AREAS = "polygon", "rectangle", "ellipse"
 UNREADABLE = OSError, ElementTree.ParseError, RecursionError, ValueError, LookupError
-UNREADABLE += TypeError, AttributeError
+UNREADABLE += TypeError, AttributeError, OverflowError
 
 
 def write(path, rings, downsample):
@@ -56,7 +56,7 @@ def read_geojson(path):
     """QuPath's export -> [(kind, [outer ring, *holes])]; ValueError where it has anything else."""
     content = json.loads(path.read_text(encoding="utf-8-sig"))
     features = content if isinstance(content, list) else content.get("features", [content])
-    polygons, predicted, todo = [], False, features[::-1]
+    polygons, predicted, empty, todo = [], False, 0, features[::-1]
     while todo:
         feature = todo.pop()
         about, geometry = feature["properties"], feature["geometry"] or {}
@@ -76,8 +76,14 @@ def read_geojson(path):
         if plane.get("z") or plane.get("t"):
             raise ValueError(f"{name} on plane z {plane.get('z')}, t {plane.get('t')}, not on 0, 0")
         parts = geometry["coordinates"]
-        for part in [parts] if shape == "Polygon" else parts:
-            polygons.append((kind, [ring_of(points) for points in part or [()]]))
+        for part in [parts] if shape == "Polygon" else parts or [()]:
+            rings = [ring_of(points) for points in part or [()]]
+            if len(rings[0]):
+                polygons.append((kind, [ring for ring in rings if len(ring)]))
+            else:  # QuPath keeps objects of which all was taken away
+                empty += 1
+    if empty:
+        warn(f"{path}: skipped {empty} polygons without area")
     if predicted:
         warn(f"{path}: as predicted; look at it in QuPath before you train on it")
     return polygons
@@ -93,13 +99,17 @@ def class_name(node):
 
 
 def ring_of(points):
-    """Corners, pixel (0, 0) from 0 to 1, in any direction -> (n, 2), its centre at 0, clockwise."""
+    """Corners, pixel (0, 0) from 0 to 1, in any direction -> (n, 2), its centre at 0, clockwise.
+
+    (0, 2) where they have no area.
+    """
     xy = np.array([point[:2] for point in points], float).reshape(-1, 2) - 0.5
+    if not (np.abs(xy) < 1e7).all():  # False for nan too
+        raise ValueError("points that are no finite pixels")
+    if len(xy) < 3 or np.linalg.matrix_rank(xy - xy[0]) < 2:
+        return xy[:0]
     x, y = (xy - xy[:1]).T
-    area = x @ np.roll(y, -1) - y @ np.roll(x, -1)
-    if not 0 < abs(area) < np.inf:  # False for nan too
-        raise ValueError("a ring without area, or of points that are no finite pixels")
-    return xy if area > 0 else xy[::-1]
+    return xy if x @ np.roll(y, -1) >= y @ np.roll(x, -1) else xy[::-1]
 
 
 def read_imagescope(path, classes):
@@ -119,20 +129,20 @@ def read_imagescope(path, classes):
                 raise ValueError(f"{about} has type {region.get('Type')}, which is unknown")
             vertices = region.iterfind("Vertices/Vertex")
             xy = np.array([(v.get("X"), v.get("Y")) for v in vertices], float).reshape(-1, 2)
-            xy = corners(what, xy) if what in AREAS and len(xy) > 1 else xy[:0]
-            if len(xy) < 3 or np.linalg.matrix_rank(xy - xy[0]) < 2:
+            xy = ring_of(corners(what, xy) if what in AREAS and len(xy) > 1 else ())
+            if not len(xy):
                 skipped[what] += 1
                 continue
             if kind is None:
                 cure = f"give --layer {number}=tumor, or another class"
                 raise DataError(f"{path}: {about} has no class; {cure}")
-            negative = region.get("NegativeROA") == "1"
+            negative = {"0": False, "1": True}[region.get("NegativeROA", "0")]
             if negative and kind != "tumour":
                 raise ValueError(f"{about} is negative, which only regions of tumour can be")
             negatives += negative
             tumour_layers |= {number} if kind == "tumour" else set()
             # The centre of pixel (0, 0) is taken to be at .5, as in QuPath: Aperio does not say.
-            shapes.append((ring_of(xy), "exclusion" if negative else kind))
+            shapes.append((xy, "exclusion" if negative else kind))
     if skipped:
         listed = ", ".join(f"{count} {what}" for what, count in skipped.items())
         warn(f"{path}: skipped {listed}, without area")
@@ -169,7 +179,7 @@ def convert(path, classes):
             shapes = outline.cut_holes(read_geojson(path))
     except UNREADABLE as error:
         cure = "mend it where it was drawn, export it again"
-        raise DataError(f"{path}: {error}; {cure}") from None
+        raise DataError(f"{path}: not a usable export ({error}); {cure}") from None
     if all(kind == "exclusion" for _, kind in shapes):
         what = "refuse holes alone" if shapes else "take the slide for normal"
         warn(f"{path}: no tumour and no region, so training will {what}")
@@ -206,8 +216,11 @@ def main(argv=None):
         shapes = convert(path, dict(args.layer))
         if xml.exists() and not args.overwrite:
             raise DataError(f"{xml}: is there already; move it, or give --overwrite")
-        xml.parent.mkdir(parents=True, exist_ok=True)
-        outline.write_annotation(xml, shapes)
+        try:
+            xml.parent.mkdir(parents=True, exist_ok=True)
+            outline.write_annotation(xml, shapes)
+        except OSError as error:
+            raise DataError(f"{xml}: {error.strerror}; give another --out FOLDER") from None
         counts = Counter(kind for _, kind in shapes)
         print(f"{xml}: {', '.join(f'{n} {kind}' for kind, n in counts.items()) or 'no outlines'}")
 

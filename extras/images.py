@@ -178,6 +178,8 @@ def read_mask(path):
     """-> values (h, w): grey values, numbers in a palette, 0 and 1 of 1-bit files."""
     with opened(path, MASK_MODES) as image:
         values = np.asarray(image).reshape(image.height, image.width, -1)
+        if image.mode in ("1", "L") and getattr(image, "tag_v2", {}).get(262) == 0:
+            values = ~values  # tifffile writes bool as WhiteIsZero, which Pillow inverts
         if image.mode in ("LA", "RGBA") and (values[..., -1] == 255).all():
             values = values[..., :-1]
     if (values != values[..., :1]).any():

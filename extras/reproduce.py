@@ -52,12 +52,13 @@ def settings(run):
 
 
 def slides_key(folder):
-    """A hash of a folder's slides and annotations: their names, sizes, and the text of XML."""
+    """A hash of a folder's slides and annotations: names, sizes, text of XML and label tables."""
     key = hashlib.sha256()
     for path in sorted(data.walk(Path(folder), set())):
-        if path.suffix.lower() in (".tif", ".tiff", ".svs", ".xml"):
+        text = path.suffix.lower() == ".xml" or path.name.lower() in data.LABEL_TABLES
+        if text or path.suffix.lower() in (".tif", ".tiff", ".svs"):
             key.update(f"{path.relative_to(folder)} {path.stat().st_size}".encode())
-            key.update(path.read_bytes() if path.suffix.lower() == ".xml" else b"")
+            key.update(path.read_bytes() if text else b"")
     return key.hexdigest()[:12]
 
 

@@ -197,6 +197,25 @@ def on_plane(z, t):
     return one
 
 
+@pytest.mark.parametrize("empty", [[], [[[0, 0]] * 5], [[[0, 0], [9, 9], [0, 0]]]])
+def test_an_object_of_which_all_was_taken_away_is_skipped_by_name(tmp_path, empty):
+    """QuPath keeps it, as a polygon of one place; it refused the whole file."""
+    path, hole = tmp_path / "slide.geojson", box(1, 1, 3, 3)
+    path.write_text(json.dumps([feature(empty), feature([box(0, 0, 9, 9), *empty, hole])]))
+    status, _, err = call(convert.main, path)
+    assert status == 0 and f"{path}: skipped 1 polygons without area" in err
+    mask = read_annotation(path.with_suffix(".xml")).mask(0, 0, 9, 9)
+    assert mask.sum() == 81 - 9
+
+
+def test_a_figure_of_8_with_equal_halves_has_an_area(tmp_path):
+    path, ring = tmp_path / "slide.geojson", [[10, 10], [90, 90], [90, 10], [10, 90], [10, 10]]
+    path.write_text(json.dumps(feature([ring])))
+    ok(convert.main, path)
+    mask = read_annotation(path.with_suffix(".xml")).mask(0, 0, 99, 99)
+    assert abs(mask.sum() - 3200) < 90  # of the diagonals one is inside
+
+
 @pytest.mark.parametrize(
     "bad, reason",
     [
@@ -213,8 +232,6 @@ def on_plane(z, t):
         (on_plane(z=1, t=0), "z 1"),
         (on_plane(z=0, t=2), "t 2"),
         (feature([box(0, 0, 9, 9)]) | {"geometry": None}, "None"),
-        (feature([]), "without area"),
-        (feature([[[0, 0], [9, 9], [0, 0]]]), "without area"),
         (feature([[[0, 0], [9, float("nan")], [0, 9], [0, 0]]]), "finite"),
         ({"a": 1}, "properties"),
     ],

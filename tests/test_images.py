@@ -62,13 +62,13 @@ def refusal(place, *flags):
     return line
 
 
-@pytest.mark.parametrize("form", ["bool", "grey", "palette", "rgba", "16 bits"])
+@pytest.mark.parametrize("form", ["bool", "grey", "palette", "rgba", "16 bits", "tif", "tif, bit"])
 def test_masks_of_any_form_are_equal_in_every_pixel(tmp_path, form):
     """Also with other values beside tumour's, and where a mask is empty."""
     masks = {
         f"{n}": mask for n, mask in enumerate([*MASKS[:12], MASKS[-1], np.zeros((5, 9), bool)])
     }
-    tumour = {"bool": 1, "grey": 255, "palette": 3, "rgba": 7, "16 bits": 700}[form]
+    tumour = {"grey": 255, "palette": 3, "rgba": 7, "16 bits": 700}.get(form, 1)
     for name, mask in masks.items():
         save(tmp_path / f"fields/{name}.png", size=mask.shape[::-1])
         picture = mask.astype(np.uint16 if form == "16 bits" else np.uint8) * tumour
@@ -78,7 +78,12 @@ def test_masks_of_any_form_are_equal_in_every_pixel(tmp_path, form):
         if form == "palette":
             picture.putpalette([9, 9, 9] * 256)  # the colours say nothing
             assert picture.mode == "P"
-        save(tmp_path / f"masks/{name}.png", picture)
+        if form.startswith("tif"):  # WhiteIsZero: Pillow gave the complement
+            (tmp_path / "masks").mkdir(exist_ok=True)
+            white_is_zero = mask if "bit" in form else mask.astype(np.uint8)
+            tifffile.imwrite(tmp_path / f"masks/{name}.tif", white_is_zero, photometric=0)
+        else:
+            save(tmp_path / f"masks/{name}.png", picture)
     ok(images.main, tmp_path / "fields", tmp_path / "o", "--mpp", 1, "--masks", tmp_path / "masks")
     for name, mask in masks.items():
         annotation = read_annotation(tmp_path / f"o/{name}.xml")

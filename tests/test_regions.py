@@ -328,6 +328,19 @@ def test_a_roi_whose_outlines_cannot_be_used_is_refused(tmp_path):
     assert "no outline of tumour" in one_line_of(*call(lambda _: read_annotation(path)))
     path = write_xml(tmp_path / "a.xml", ("cancer region", "Polygon", SQUARE), dot)
     assert read_annotation(path).has_regions
+    for shape in ("Dot", "Measurement"):  # of no group: nobody meant an outline
+        path = write_xml(tmp_path / "a.xml", ("roi", "Polygon", SQUARE), ("None", shape, SQUARE))
+        assert (read_annotation(path).mask(0, 0, 9, 9) <= 0).all()
+    path = write_xml(tmp_path / "a.xml", ("roi", "Polygon", SQUARE), ("None", "Polygon", SQUARE))
+    assert "no outline of tumour" in one_line_of(*call(lambda _: read_annotation(path)))
+
+
+def test_a_thin_outline_in_a_roi_is_not_said_to_be_in_none(tmp_path, capsys):
+    """It was looked for at 256 x 256 places, and it lay between them."""
+    roi, thin = box(0, 0, 20_000, 20_000), box(100, 110, 8000, 20)
+    path = write_xml(tmp_path / "a.xml", ("roi", "Polygon", roi), ("_0", "Polygon", thin))
+    assert read_annotation(path, (20_000, 20_000)).mask(100, 112, 8, 8).all()
+    assert not capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------ whole slides

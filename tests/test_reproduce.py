@@ -351,6 +351,9 @@ def test_another_folder_of_the_same_name_is_other_data(started, few, tmp_path):
     xml.write_text(xml.read_text().replace("metastases", "exclusion", 1))
     line = one_line_of(*call(reproduce.main, *argv, tmp_path / "b/slides"))
     assert "runs.csv is of other slides" in line and len(started) == count
+    (tmp_path / "a/slides/train/reference.csv").write_text("u,Normal\n")
+    line = one_line_of(*call(reproduce.main, *argv, tmp_path / "a/slides"))
+    assert "runs.csv is of other slides" in line and len(started) == count
 
 
 def test_a_run_that_fails_is_named_and_the_tables_have_the_others(started, slides, tmp_path):

@@ -159,6 +159,22 @@ def test_a_jpegs_own_marker_wins_over_the_tag(tmp_path, monkeypatch, tag, marker
     assert np.abs(read.astype(int) - image).mean() < 10  # wrong colours: 50
 
 
+def test_a_marker_of_the_shared_tables_is_not_the_blocks_own(tmp_path, monkeypatch):
+    """libjpeg forgets it at the start of the block, then guesses; tifffile goes by the tag."""
+    image, as_it_is = picture(3, 128, 128, glass=False), encode
+
+    def numbered(*block):  # components 1, 2, 3, not R, G, B, which libjpeg knows
+        raw = as_it_is(*block).replace(b"R\x11\0G\x11\0B\x11", b"\1\x11\0\2\x11\0\3\x11")
+        return raw.replace(b"\3R\0G\0B", b"\3\1\0\2\0\3")
+
+    monkeypatch.setattr(sys.modules[__name__], "encode", numbered)
+    slide = Slide(write(tmp_path / "a.tif", [image], "RGB"))
+    right, jfif = slide.read(0, 0, 0, 128, 128), b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
+    slide.levels[0] = slide.levels[0]._replace(tables=b"\xff\xd8" + jfif + b"\xff\xd9")
+    assert np.array_equal(slide.read(0, 0, 0, 128, 128), right)
+    assert np.abs(right.astype(int) - image).mean() < 10  # wrong colours: 50
+
+
 def test_a_region_is_the_same_wherever_it_starts_and_white_beyond_the_edge(written):
     path, truth = written
     slide = Slide(path)
@@ -291,6 +307,8 @@ PHILIPS = (
         ("Aperio|MPP = 0,2527|", 0.2527),  # Windows in Germany
         ("Aperio|MPP=0.25", 0.25),
         ("Aperio|MPP = 0|", None),
+        ("Aperio|Comment = low MPP = 9|MPP = 0.25|Original MPP = 1", 0.25),  # keys lie between |
+        ("Aperio|MPP = 1.234,5|", None),  # no number: the whole slide was not readable
         (PHILIPS, 0.227),
         (PHILIPS.replace(".", ","), 0.227),
         ("", None),
