@@ -641,8 +641,8 @@ def test_a_stroke_of_pen_or_a_lake_of_blood_does_not_take_the_pale_tissue_away(t
 def test_tinted_glass_is_not_tissue():
     """Coloured as pale tissue is, it made the tissue on it a few vivid pixels, to be left out."""
     histogram = [0] * 256
-    histogram[16:70] = [1] * 54  # the edges of the tissue
-    histogram[13], histogram[15], histogram[70:77] = 700, 3100, [34] * 7  # glass, tissue
+    histogram[13], histogram[15] = 700_000, 3_100_000  # glass
+    histogram[16:70], histogram[70:77] = [20] * 54, [34_000] * 7  # tissue and its edges
     assert 15 <= data.tissue_threshold(histogram) < 70
 
 
