@@ -99,7 +99,7 @@ def find_slides(root, seed=0):
     train, test = ({patient(s) for s in sources if s.split == side} for side in ("train", "test"))
     incomplete = [s.name for s in sources if stem(s.path) in INCOMPLETE]
     warn("slides left out: of another format, without XML, or outside train and test", left_out)
-    warn("patients are in train and in test", sorted(train & test))
+    warn("patients are both in train and in test", sorted(train & test))
     warn("slides are withdrawn or not outlined in full; 'normal' tiles may be tumour", incomplete)
     return sources
 
