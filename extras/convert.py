@@ -56,7 +56,7 @@ def read_geojson(path):
     """QuPath's export -> [(kind, [outer ring, *holes])]; ValueError where it has anything else."""
     content = json.loads(path.read_text(encoding="utf-8-sig"))
     features = content if isinstance(content, list) else content.get("features", [content])
-    polygons, predicted, empty, todo = [], False, 0, features[::-1]
+    polygons, predicted, empty, todo = [], False, [], features[::-1]
     while todo:
         feature = todo.pop()
         about, geometry = feature["properties"], feature["geometry"] or {}
@@ -78,12 +78,10 @@ def read_geojson(path):
         parts = geometry["coordinates"]
         for part in [parts] if shape == "Polygon" else parts or [()]:
             rings = [ring_of(points) for points in part or [()]]
+            empty += [] if len(rings[0]) else [name]  # QuPath keeps what was taken away in full
             if len(rings[0]):
                 polygons.append((kind, [ring for ring in rings if len(ring)]))
-            else:  # QuPath keeps objects of which all was taken away
-                empty += 1
-    if empty:
-        warn(f"{path}: skipped {empty} polygons without area")
+    warn(f"{path}: skipped polygons without area, of class", empty)
     if predicted:
         warn(f"{path}: as predicted; look at it in QuPath before you train on it")
     return polygons
@@ -99,10 +97,7 @@ def class_name(node):
 
 
 def ring_of(points):
-    """Corners, pixel (0, 0) from 0 to 1, in any direction -> (n, 2), its centre at 0, clockwise.
-
-    (0, 2) where they have no area.
-    """
+    """Corners, pixel (0, 0) from 0 to 1 -> (n, 2) clockwise, centre at 0; (0, 2) without area."""
     xy = np.array([point[:2] for point in points], float).reshape(-1, 2) - 0.5
     if not (np.abs(xy) < 1e7).all():  # False for nan too
         raise ValueError("points that are no finite pixels")
@@ -134,8 +129,7 @@ def read_imagescope(path, classes):
                 skipped[what] += 1
                 continue
             if kind is None:
-                cure = f"give --layer {number}=tumor, or another class"
-                raise DataError(f"{path}: {about} has no class; {cure}")
+                raise DataError(f"{path}: {about} has no class; give --layer {number}=tumor")
             negative = {"0": False, "1": True}[region.get("NegativeROA", "0")]
             if negative and kind != "tumour":
                 raise ValueError(f"{about} is negative, which only regions of tumour can be")
@@ -178,8 +172,7 @@ def convert(path, classes):
         else:
             shapes = outline.cut_holes(read_geojson(path))
     except UNREADABLE as error:
-        cure = "mend it where it was drawn, export it again"
-        raise DataError(f"{path}: not a usable export ({error}); {cure}") from None
+        raise DataError(f"{path}: not a usable export ({error}); mend it, export again") from None
     if all(kind == "exclusion" for _, kind in shapes):
         what = "refuse holes alone" if shapes else "take the slide for normal"
         warn(f"{path}: no tumour and no region, so training will {what}")
@@ -207,6 +200,8 @@ def main(argv=None):
     pairs = [(path, (args.out or path.parent) / f"{path.stem}.xml") for path in args.files]
     sources = {path.resolve() for path, _ in pairs}
     targets = Counter(xml.resolve() for _, xml in pairs)
+    if args.out and args.out.exists() and not args.out.is_dir():
+        raise DataError(f"{args.out}: is a file; give --out FOLDER")
     for path, xml in pairs:
         if xml.resolve() in sources or xml.exists() and path.exists() and xml.samefile(path):
             raise DataError(f"{xml}: is read, so it cannot be written; give --out FOLDER")
@@ -216,11 +211,8 @@ def main(argv=None):
         shapes = convert(path, dict(args.layer))
         if xml.exists() and not args.overwrite:
             raise DataError(f"{xml}: is there already; move it, or give --overwrite")
-        try:
-            xml.parent.mkdir(parents=True, exist_ok=True)
-            outline.write_annotation(xml, shapes)
-        except OSError as error:
-            raise DataError(f"{xml}: {error.strerror}; give another --out FOLDER") from None
+        xml.parent.mkdir(parents=True, exist_ok=True)
+        outline.write_annotation(xml, shapes)
         counts = Counter(kind for _, kind in shapes)
         print(f"{xml}: {', '.join(f'{n} {kind}' for kind, n in counts.items()) or 'no outlines'}")
 

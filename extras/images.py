@@ -12,7 +12,6 @@ made from
   pixel. Tumour is what is not 0, or the values of --tumour; all the rest counts as not tumour.
 * without a mask, its row `name,cancer` or `name,normal` of labels.csv: one region, the whole field.
   A name is a path below the folder, with or without suffix, or a file name that occurs once.
-  Names of no field are listed in a warning: a table is often of more than is at hand.
 * with neither: nothing. A warning lists them.
 
 --case is a regular expression, searched in the path below the folder. Fields with the same group 1
@@ -64,12 +63,10 @@ def check_names(root, fields):
     seen = {}
     for field in fields:
         if field.stem.lower().endswith(data.NO_SLIDES):
-            cure = "give masks a folder of their own, or name the field otherwise"
-            raise DataError(f"{root / field}: {' and '.join(data.NO_SLIDES)} are no slides; {cure}")
+            raise DataError(f"{root / field}: named as a mask is; give masks a folder of their own")
         other = seen.setdefault((field.parent, field.stem.lower()), field)
         if other != field:
-            cure = "rename or remove one"
-            raise DataError(f"{root / other}, {root / field}: they would be one slide; {cure}")
+            raise DataError(f"{root / other}, {root / field}: they would be one slide; rename one")
 
 
 def match_masks(root, fields, masks):
@@ -120,8 +117,7 @@ def read_labels(path, fields):
             raise DataError(f"{path}: line {n}: {name} may be {several}; write its whole path")
         for field in matches:
             if label_of.setdefault(field, label) != label:
-                both = f"{name} is {label}, and {label_of[field]} above"
-                raise DataError(f"{path}: line {n}: {both}; remove one")
+                raise DataError(f"{path}: line {n}: {name} is {label_of[field]} above; remove one")
         unknown += [] if matches else [name]
     warn(f"names in {path} are of no field", unknown)
     return label_of
@@ -156,14 +152,12 @@ def opened(path, modes):
             # Of 16 bits in each colour Pillow keeps the upper 8: black where a camera used 12.
             bits = "16-bit " if ";16" in str(image.tile) else ""
             if image.mode not in modes or bits and image.mode in FIELD_MODES:
-                cure = "save it as PNG, grey or RGB of 8 bits"
-                raise DataError(f"{path}: {bits}pixels of type {image.mode}; {cure}")
+                raise DataError(f"{path}: {bits}pixels of type {image.mode}; save as PNG of 8 bits")
             yield image
     except DataError:
         raise
     except Exception as error:  # Pillow raises many types on damaged files
-        cure = "save it as PNG, or remove it"
-        raise DataError(f"{path}: not a readable image ({error!r}); {cure}") from None
+        raise DataError(f"{path}: not a readable image ({error!r}); save it as PNG") from None
 
 
 def read_field(path):
@@ -214,8 +208,7 @@ def tumour_values(values, chosen):
         if len(tumour) > 1:
             listed = ", ".join(map(str, of_one))
             listed += f" (masks before it have {min(before)})" if before else ""
-            cure = "say which are tumour, as in --tumour 1 3"
-            raise DataError(f"{mask}: its values are {listed}; {cure}")
+            raise DataError(f"{mask}: its values are {listed}; say which, as in --tumour 1 3")
     return [*tumour]
 
 

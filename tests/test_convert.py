@@ -203,9 +203,23 @@ def test_an_object_of_which_all_was_taken_away_is_skipped_by_name(tmp_path, empt
     path, hole = tmp_path / "slide.geojson", box(1, 1, 3, 3)
     path.write_text(json.dumps([feature(empty), feature([box(0, 0, 9, 9), *empty, hole])]))
     status, _, err = call(convert.main, path)
-    assert status == 0 and f"{path}: skipped 1 polygons without area" in err
+    assert status == 0 and f"{path}: skipped polygons without area, of class (1): Tumor" in err
     mask = read_annotation(path.with_suffix(".xml")).mask(0, 0, 9, 9)
     assert mask.sum() == 81 - 9
+
+
+def test_an_out_that_is_a_file_is_said_in_a_line(tmp_path):
+    path = tmp_path / "slide.geojson"
+    path.write_text(json.dumps(feature([box(0, 0, 9, 9)])))
+    line = one_line_of(*call(convert.main, path, "--out", path))
+    assert "is a file; give --out FOLDER" in line
+
+
+def test_coordinates_that_training_would_refuse_are_refused_here(tmp_path):
+    """With a hole 30,000,000 px took 5 GB."""
+    path = tmp_path / "slide.geojson"
+    path.write_text(json.dumps(feature([box(0, 0, 1e9, 1e9), box(5, 5, 9, 9)])))
+    assert "finite" in one_line_of(*call(convert.main, path))
 
 
 def test_a_figure_of_8_with_equal_halves_has_an_area(tmp_path):
