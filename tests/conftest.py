@@ -41,7 +41,7 @@ def slides(tmp_path_factory):
         patch.setattr(synthetic, "draw_slide", darker)
         patch.setattr(synthetic, "ProcessPoolExecutor", ThreadPoolExecutor)  # sees `darker`
         folder = tmp_path_factory.mktemp("data") / "slides"
-        return synthetic.make(folder, train=8, test=3, side=768)
+        return synthetic.make(folder, train=8, test=3, side=512)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from jobs import call, ok, one_line_of
 
 import data
-from extras import lesions, outline, predict
+from extras import lesions, outline, predict, synthetic
 from slide import Annotation, Slide
 
 
@@ -21,17 +20,17 @@ def box(x, y, w, h):
 
 
 @pytest.fixture
-def score(slides, tmp_path, monkeypatch):
+def score(tmp_path, monkeypatch):
     """The figures of one slide at 10 um/px, given its annotation and the mask that was found."""
-    source = data.find_slides(slides)[0]
+    path = tmp_path / "s.tif"
+    synthetic.write_slide(path, np.zeros((768, 768, 3), np.uint8), [])
+    source = data.Source("s.tif", path, None, "test")
     monkeypatch.setattr(predict, "predict_slide", lambda *args: (1, 10.0))
 
     def figures(polygons, found):
-        folder = tmp_path / Path(source.name).parent
-        folder.mkdir(exist_ok=True)
         answer = outline.to_shapes(outline.trace([found]), 2)
-        outline.write_annotation(folder / f"{source.path.stem}_pred.xml", answer)
-        annotations, slide = [Annotation(polygons)], Slide(source.path)
+        outline.write_annotation(tmp_path / "s_pred.xml", answer)
+        annotations, slide = [Annotation(polygons)], Slide(path)
         tiles = SimpleNamespace(sources=[source], slides=[slide], annotations=annotations)
         tiles.table = np.zeros(1, data.TILE)  # a tile of the slide
         return lesions.score(None, tiles, tmp_path, SimpleNamespace(**predict.DEFAULTS))

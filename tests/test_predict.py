@@ -130,7 +130,7 @@ def test_windows_cover_the_slide_and_have_the_tissue_of_their_squares(slides, ov
     slide, stride = Slide(next(slides.glob("test/*.tif"))), 64 // steps
     places = predict.places_with_tissue(slide, 1, 64, overlap).tolist()
     share = data.tissue_share(slide, 1, stride)
-    rows, cols = (max(1, -(-(384 - 64) // stride) + 1) for _ in range(2))
+    rows, cols = (max(1, -(-(256 - 64) // stride) + 1) for _ in range(2))
     expected = [
         [col * stride, row * stride]
         for row in range(rows)
@@ -265,7 +265,7 @@ def test_areas_and_diameters_are_in_the_um_of_the_slide(run, slides, tmp_path):
 def test_the_picture_shows_the_slide_and_its_outlines(predicted):
     xml = max(predicted.glob("*.xml"), key=lambda path: path.stat().st_size)
     picture = np.asarray(Image.open(predicted / f"{xml.stem.removesuffix('_pred')}.png"))
-    assert picture.shape == (768, 768, 3)
+    assert picture.shape == (512, 512, 3)
     yellow = (picture == (255, 230, 0)).all(2)
     assert 100 < yellow.sum() < 60000
     xy, *_ = read_annotation(xml).rings["tumour"]

@@ -44,7 +44,7 @@ def test_files_and_flags_of_the_texts_exist(path):
         headings = re.findall("^#+ (.*)", (path.parent / page if page else path).read_text(), re.M)
         assert anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
     for script, argv in re.findall(r"python (?:-m )?([\w./]+)((?: .*)?)$", text, re.M):
-        if script in ("pytest", "pip"):
+        if script in ("pytest", "pip", "tests"):
             continue
         module = script.removesuffix(".py").replace("/", ".")
         code = Path(importlib.util.find_spec(module).origin).read_text()

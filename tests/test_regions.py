@@ -64,7 +64,7 @@ def test_masks_of_whole_slides_and_boxes_for_the_others_train_as_the_simulation_
         shapes = read_annotation(tmp_path / "all" / name.replace(".tif", ".xml")).rings
         shapes = [(xy, kind) for kind, rings in shapes.items() for xy in rings]
         if name in outlined:
-            shapes.append((box(0, 0, 768, 768), "roi"))
+            shapes.append((box(0, 0, 512, 512), "roi"))
         elif path.parent.name == "train":
             kinds = ("normal region", "cancer region")
             shapes = [
@@ -97,7 +97,7 @@ def half(slides, tmp_path_factory):
     folder = tmp_path_factory.mktemp("half")
     xml = link(slides / "train/synthetic_001.tif", folder)
     outlines = [(box(150, 130, 400, 300), "tumour"), (box(200, 200, 50, 40), "exclusion")]
-    outline.write_annotation(xml, [*outlines, (box(0, 0, 330, 768), "roi")])
+    outline.write_annotation(xml, [*outlines, (box(0, 0, 330, 512), "roi")])
     source = data.Source("a", folder / "synthetic_001.tif", xml, "train")
     return data.tile_slides([source], 64, 1.0)
 
@@ -146,7 +146,7 @@ def test_masks_losses_and_counts_are_of_the_known_pixels_alone(half):
 def test_a_tile_of_which_less_than_half_is_known_gives_no_mask(slides, tmp_path):
     xml = link(slides / "train/synthetic_001.tif", tmp_path)
     for width, known in ((256 + 63, 0), (256 + 65, 65 / 128)):
-        outline.write_annotation(xml, [(box(0, 0, width, 768), "roi")])
+        outline.write_annotation(xml, [(box(0, 0, width, 512), "roi")])
         source = data.Source("a", tmp_path / "synthetic_001.tif", xml, "train")
         tiles = data.tile_slides([source], 64, 1.0)
         column = tiles.table[tiles.table["x"] == 256]
@@ -184,8 +184,8 @@ def test_the_same_annotation_of_asap_and_of_qupath_gives_the_same_table(slides, 
     tif = slides / "train/synthetic_001.tif"
     classes = {"tumour": "Tumor", "exclusion": "Ignore*", "roi": "Region*"}
     shapes = [(box(130, 140, 100, 90), "tumour"), (box(150, 150, 30, 20), "exclusion")]
-    shapes += [(box(120, 120, 300, 290), "roi"), (box(500, 128, 128, 256), "cancer region")]
-    shapes += [(box(384, 512, 256, 128), "normal region")]
+    shapes += [(box(120, 120, 260, 260), "roi"), (box(384, 128, 128, 256), "cancer region")]
+    shapes += [(box(128, 384, 256, 128), "normal region")]
     features = []
     for xy, kind in shapes:
         ring = (xy + 0.5).tolist()  # pixel (0, 0) spans 0 to 1 in QuPath
@@ -211,7 +211,7 @@ def few_outlined_many_boxed(slides, folder, test_too=True):
         rings = read_annotation(path.with_suffix(".xml")).rings
         shapes = [(xy, kind) for kind, some in rings.items() for xy in some]
         if path.stem[-3:] in ("000", "001") or test_too and path.parent.name == "test":
-            shapes += [(box(0, 0, 768, 768), "roi")]
+            shapes += [(box(0, 0, 512, 512), "roi")]
         else:
             shapes = [(box(256, 256, 256, 128), "cancer region")]
             shapes += [(box(256, 384, 256, 128), "normal region")]

@@ -228,11 +228,11 @@ def test_a_tenth_of_the_epochs_is_pretraining_and_half_where_labels_come_first(e
     assert train.pretrain_epochs(args) == epochs // 2
 
 
-def test_the_command_of_the_readme_runs(few, tmp_path, monkeypatch):
+def test_the_command_of_the_readme_runs(slides, tmp_path, monkeypatch):
     """With smaller slides and fewer epochs than the reader's."""
     readme = (ROOT / "README.md").read_text()
     command = re.search(r"python train\.py (--pixel-frac 0\.1)\s*(#.*)?$", readme, re.M)[1]
-    monkeypatch.setattr(synthetic, "cached", lambda: few)
+    monkeypatch.setattr(synthetic, "cached", lambda: slides)
     monkeypatch.setitem(train.DEMO, "epochs", 1)
     monkeypatch.setitem(train.DEMO, "width", 4)
     monkeypatch.chdir(tmp_path)
