@@ -62,7 +62,7 @@ def points(axis, n, cells, label):
     axis.errorbar(x, means, sds, fmt="none", ecolor=COLOURS[n], elinewidth=1)
     axis.plot(x, means, marker=MARKERS[n], markersize=5, color=COLOURS[n], label=label)
     seeds = [(x, value) for x, values in cells.items() for value in values]
-    axis.scatter(*np.reshape(seeds, (-1, 2)).T, s=4, color=COLOURS[n], alpha=0.5)
+    axis.scatter(*np.reshape(seeds, (-1, 2)).T, s=7, color=COLOURS[n], alpha=0.5, lw=0)
 
 
 def draw_masks(axes, table, rows):
